@@ -1,0 +1,100 @@
+"""Pre-LN transformer blocks shared by the encoder and the decoder, with an explicit key/value cache.
+
+Shape legend: B batch, K sequences that share one picture, L length, N memory tokens, W width, H heads, D head width, P past.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["gelu", "quick_gelu"]
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values, each [B, H, L, D]."""
+
+
+def split_heads(x_BLW: Tensor, heads: int) -> Tensor:
+    """[B, L, W] to [B, H, L, D]: heads are contiguous blocks of channels."""
+    batch, length, width = x_BLW.shape
+    return x_BLW.reshape(batch, length, heads, width // heads).transpose(1, 2)
+
+
+def merge_heads(x_BHLD: Tensor) -> Tensor:
+    """[B, H, L, D] to [B, L, W]."""
+    batch, heads, length, head_width = x_BHLD.shape
+    return x_BHLD.transpose(1, 2).reshape(batch, length, heads * head_width)
+
+
+class Mlp(nn.Module):
+    """W to mlp_width to W."""
+
+    def __init__(self, width: int, mlp_width: int, activation: Activation) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, mlp_width)
+        self.down = nn.Linear(mlp_width, width)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        x = F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x)
+        out: Tensor = self.down(x)
+        return out
+
+
+class SelfBlock(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)) unless the block owns no MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation, has_mlp: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_2 = nn.LayerNorm(width) if has_mlp else None
+        self.mlp = Mlp(width, mlp_width, activation) if has_mlp else None
+
+    def forward(self, x_BLW: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: float, added to the scores, broadcastable to [B, H, L, L]."""
+        return self.cached(x_BLW, None, mask)[0]
+
+    def cached(self, x_BLW: Tensor, past: KeysValues | None, mask: Tensor | None) -> tuple[Tensor, KeysValues]:
+        """The same over [past, x]; returns the block's output for x and the keys and values of past and x together."""
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm_1(x_BLW)).chunk(3, dim=-1))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        x_BLW = x_BLW + self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+        if self.mlp is not None and self.norm_2 is not None:
+            x_BLW = x_BLW + self.mlp(self.norm_2(x_BLW))
+        return x_BLW, (k, v)
+
+
+class CrossBlock(nn.Module):
+    """x += attention(norm(x), memory); x += mlp(norm(x)). The memory's keys and values are made once per picture."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation, memory_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1 = nn.LayerNorm(width)
+        self.norm_memory = nn.LayerNorm(width) if memory_norm else None
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, mlp_width, activation)
+
+    def keys_values(self, memory_BNW: Tensor) -> KeysValues:
+        """Keys and values of the image memory, each [B, H, N, D]."""
+        if self.norm_memory is not None:
+            memory_BNW = self.norm_memory(memory_BNW)
+        k, v = self.key_value(memory_BNW).chunk(2, dim=-1)
+        return split_heads(k, self.heads), split_heads(v, self.heads)
+
+    def forward(self, x_BLW: Tensor, memory: KeysValues) -> Tensor:
+        """There is no mask, so sequences of one picture may stand one after another along L."""
+        q = split_heads(self.query(self.norm_1(x_BLW)), self.heads)
+        x_BLW = x_BLW + self.out(merge_heads(F.scaled_dot_product_attention(q, *memory)))
+        out: Tensor = x_BLW + self.mlp(self.norm_2(x_BLW))
+        return out
