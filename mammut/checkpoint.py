@@ -99,7 +99,8 @@ def load_checkpoint(
         own_tokenizer = _read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     config, public = parts.model, weights.name != WEIGHTS
     state, config = _read_weights(weights, config, public)
-    tokenizer_json = tokenizer_json or own_tokenizer or _clip_tokenizer(config, weights)
+    if tokenizer_json is None:
+        tokenizer_json = own_tokenizer or _clip_tokenizer(config, weights)
     tokenizer = Tokenizer.from_bytes(tokenizer_json)
     if tokenizer.vocab_size > config.text.embedding_rows:
         raise CheckpointError(
@@ -150,7 +151,7 @@ def save_checkpoint(
         new.rename(folder)
 
 
-# --- finding ------------------------------------------------------------------------------------------------------------
+# --- finding -------------------------------------------------------------------------------------------------
 
 
 def _locate(spec: str) -> tuple[Path, Path]:
@@ -163,7 +164,9 @@ def _locate(spec: str) -> tuple[Path, Path]:
             raise CheckpointError(f"{path}: expected a .safetensors, .bin or .pt file, or a folder")
         return path.parent, path
     if not path.is_dir():
-        raise CheckpointError(f'{spec}: no such checkpoint; expected "demo", a folder, a weights file or hf-hub:ORG/NAME')
+        raise CheckpointError(
+            f'{spec}: no such checkpoint; expected "demo", a folder, a weights file or hf-hub:ORG/NAME'
+        )
     for name in (WEIGHTS, *PUBLIC_WEIGHTS):
         if (path / name).is_file() and (name != WEIGHTS or (path / "config.json").is_file()):
             return path, path / name
@@ -183,7 +186,9 @@ def _download(name: str) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise CheckpointError("hf-hub: needs huggingface-hub; install it with: pip install 'mammut-edge[hub]'") from error
+        raise CheckpointError(
+            "hf-hub: needs huggingface-hub; install it with: pip install 'mammut-edge[hub]'"
+        ) from error
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(f"hf-hub:{name}: expected hf-hub:ORG/NAME")
     wanted = ["*config.json", "*.safetensors", "open_clip_pytorch_model.bin", "tokenizer.json"]
@@ -197,7 +202,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------------------
 
 
 def _read_own(folder: Path) -> CheckpointConfig:
@@ -264,7 +269,9 @@ def _read_weights(path: Path, config: MammutConfig, public: bool) -> tuple[dict[
             raise CheckpointError(f"{path}: {name}: expected floating-point weights, got {value.dtype}")
         state[name] = value.to(torch.float32).contiguous()
         if not bool(torch.isfinite(state[name]).all()):
-            raise CheckpointError(f"{path}: {name} holds NaN or infinite values; the file is damaged or training diverged")
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinite values; the file is damaged or training diverged"
+            )
     return state, config
 
 

@@ -1,4 +1,4 @@
-"""The model's configuration: every difference between dialects of MaMMUT is a field here, so that one code path serves all.
+"""The model's configuration: every difference between dialects of MaMMUT is a field, so one code path serves all.
 
 Two dialects exist (see presets.py): the paper's (arXiv 2303.16839) and openMaMMUT's (LAION's public weights).
 Reading is strict: an unknown or missing key is refused by name.
@@ -126,7 +126,8 @@ class MammutConfig:
                 raise CheckpointError(f"model config {self.name!r}: {problem}")
 
     def to_dict(self) -> dict[str, Any]:
-        return to_dict(self)
+        plain: dict[str, Any] = to_dict(self)
+        return plain
 
     @classmethod
     def from_dict(cls, data: object, where: str = "config") -> MammutConfig:

@@ -1,4 +1,4 @@
-"""The slow, obvious way to caption: no cache, one picture after another. The reference the fast path is held against."""
+"""The slow, obvious way to caption: no cache, one picture after another. The fast path is held against it."""
 
 from __future__ import annotations
 

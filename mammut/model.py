@@ -15,7 +15,9 @@ from mammut.vision import VisionEncoder
 
 
 class Mammut(nn.Module):
-    """The whole model. Legend: B batch, K sequences sharing a picture, N image tokens, L length, E embedding, V vocabulary.
+    """The whole model.
+
+    Legend: B batch, K sequences sharing a picture, N image tokens, L length, E embedding, V vocabulary.
 
     Args:
         config: sizes and dialect.

@@ -1,6 +1,6 @@
 """Reads the public openMaMMUT checkpoints: their config, their tensor names, their training files.
 
-Two things only: `read_config` (open_clip_config.json to our config) and the name table between their state dict and ours.
+Two things only: `read_config` (open_clip_config.json to our config) and the table between their tensor names and ours.
 Files, downloads and tokenizers are checkpoint.py's. Facts: LAION-AI/open_clip_mammut @ ed2d1f6.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _IGNORED = {
     "preprocess_cfg": {"mode"},
 }  # fmt: skip
 # Keys whose other values would be another architecture.
-_FIXED = {
+_FIXED: dict[str, dict[str, Any]] = {
     "model_cfg": {"custom_text": True, "init_logit_bias": None},
     "vision_cfg": {
         "pool_type": "avg_all", "final_ln_after_pool": True, "ls_init_value": None, "attentional_pool": False,
@@ -155,7 +155,8 @@ def _preprocess(section: Section, config: MammutConfig) -> PreprocessRule:
     section.finish()
     if size != config.vision.image_size:
         raise CheckpointError(
-            f"{section.path}: preprocess_cfg.size {size!r} differs from vision_cfg.image_size {config.vision.image_size}"
+            f"{section.path}: preprocess_cfg.size {size!r} differs from vision_cfg.image_size "
+            f"{config.vision.image_size}"
         )
     try:
         return PreprocessRule.from_dict(rule)
@@ -163,9 +164,7 @@ def _preprocess(section: Section, config: MammutConfig) -> PreprocessRule:
         raise CheckpointError(f"{section.path}: preprocess_cfg: {error}") from error
 
 
-# --- tensor names -------------------------------------------------------------------------------------------------------
-
-Split = Callable[[Tensor], Tensor]
+# --- tensor names --------------------------------------------------------------------------------------------
 
 
 def _block_names(ours: str, theirs: str, has_mlp: bool) -> Iterator[tuple[str, str]]:

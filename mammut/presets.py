@@ -42,10 +42,10 @@ def tiny(vocab_size: int = 64) -> MammutConfig:
 
 
 def paper_base() -> MammutConfig:
-    """The paper's ablation model: ViT-B/16 (86 M) and a 128 M decoder of 8 layers, width 1024, 4 cross blocks on top.
+    """The paper's ablation model: ViT-B/16 (86 M), a 128 M decoder of 8 layers, width 1024, and 4 cross blocks.
 
-    Not in the paper, chosen here: patch 16, heads of 64 channels, a tied head, and a vocabulary of 26,624, which is what
-    128 M minus the eight blocks leaves for the embedding.
+    Not in the paper, chosen here: patch 16, heads of 64 channels, a tied head, and a vocabulary of 26,624, which is
+    what 128 M minus the eight blocks leaves for the embedding.
     """
     return MammutConfig(
         name="paper-base",
@@ -68,8 +68,8 @@ def paper_base() -> MammutConfig:
 
 
 def paper_huge() -> MammutConfig:
-    """The paper's 2 B model: ViT-H/16 (630 M), an 18-layer decoder of width 1536 and MLP 12288 (1 B with a vocabulary of
-    64,000), and 9 cross blocks with MLPs of their own (420 M)."""
+    """The paper's 2 B model: ViT-H/16 (630 M), an 18-layer decoder of width 1536 and MLP 12288 (1 B with a vocabulary
+    of 64,000), and 9 cross blocks with MLPs of their own (420 M)."""
     return MammutConfig(
         name="paper-huge",
         vision=_paper_vision(image_size=224, patch_size=16, width=1280, layers=32, heads=16),

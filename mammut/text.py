@@ -17,7 +17,7 @@ from mammut.transformer import Activation, CrossBlock, KeysValues, SelfBlock
 
 
 class TextDecoder(nn.Module):
-    """Legend: B batch, K sequences that share a picture, L length, P past, W width, V vocabulary, H heads, D head width."""
+    """Legend: B batch, K sequences of one picture, L length, P past, W width, V vocabulary, H heads, D head width."""
 
     def __init__(self, config: TextConfig, pad_id: int, activation: Activation) -> None:
         super().__init__()
@@ -63,9 +63,7 @@ class TextDecoder(nn.Module):
         hidden, _ = self._causal(ids[:, None, :], None, memory)
         return hidden[:, 0]
 
-    def step(
-        self, ids: Tensor, past: list[KeysValues], memory: list[KeysValues]
-    ) -> tuple[Tensor, list[KeysValues]]:
+    def step(self, ids: Tensor, past: list[KeysValues], memory: list[KeysValues]) -> tuple[Tensor, list[KeysValues]]:
         """New tokens after a cached past: prefill (P = 0) and single steps alike.
 
         Args:
@@ -80,7 +78,7 @@ class TextDecoder(nn.Module):
         return self.vocabulary_logits(hidden[:, :, -1]), present
 
     def vocabulary_logits(self, hidden: Tensor) -> Tensor:
-        """[..., W] to [..., V]. Flattened to two dimensions: an exporter then keeps the [V, W] matrix as it is stored."""
+        """[..., W] to [..., V]. Flattened to two dimensions: an exporter then keeps the matrix as it is stored."""
         head = self.token_embedding.weight if self.head is None else self.head
         return F.linear(hidden.reshape(-1, hidden.shape[-1]), head).reshape(*hidden.shape[:-1], head.shape[0])
 
@@ -96,13 +94,13 @@ class TextDecoder(nn.Module):
             before = None if past is None else (past[index][0].flatten(0, 1), past[index][1].flatten(0, 1))
             assert isinstance(block, SelfBlock)
             x, (k, v) = block.cached(x, before, mask)
-            present.append((k.unflatten(0, (batch, beams)), v.unflatten(0, (batch, beams))))
+            present.append((k.reshape(batch, beams, *k.shape[1:]), v.reshape(batch, beams, *v.shape[1:])))
             if index in self.config.cross_after:
                 width = x.shape[-1]
                 x = self.cross_blocks[crossed](x.reshape(batch, beams * length, width), memory[crossed])
                 x = x.reshape(batch * beams, length, width)
                 crossed += 1
-        return self.final_norm(x).unflatten(0, (batch, beams)), present
+        return self.final_norm(x).reshape(batch, beams, length, -1), present
 
 
 def causal_mask(length: int, start: int, like: Tensor) -> Tensor:

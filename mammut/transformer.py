@@ -1,6 +1,6 @@
 """Pre-LN transformer blocks shared by the encoder and the decoder, with an explicit key/value cache.
 
-Shape legend: B batch, K sequences that share one picture, L length, N memory tokens, W width, H heads, D head width, P past.
+Shape legend: B batch, L length, N memory tokens, W width, H heads, D head width.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ that nobody knows, a key that is missing, a number out of range or of the wrong 
 stands (`manifest.json: graphs.vision.inputs[0].shape[1]: ...`), never something ignored.
 
 What a field accepts is its annotation: `int`, `float` (finite; an integer is accepted), `str`, `bool`, `Literal[...]`,
-`X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`, another dataclass, `int | str`, and any of these inside
-`Annotated[..., Between(1, 64)]` or `Annotated[..., Length(1, 64)]`. What depends on several fields belongs into the
+`X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`, another dataclass, `int | str`, and any of these (a key of a
+dict too) inside `Annotated[..., limit]` with the limits below. What depends on several fields belongs into the
 dataclass's `__post_init__`, which raises ValueError; the reader adds the path. Every key must be there, also those of
 fields that have a default: what a file does not say, its reader would have to guess.
 """
@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ T = TypeVar("T")
 
 _SHOWN_CHARACTERS = 80
 """How much of a refused key or text an error message repeats."""
+
+
+_MOST_DIGITS = 20
+"""No whole number of ours needs more (2**64 has 20); Python's own reader takes time quadratic in the digits."""
 
 
 class Limit(Protocol):
@@ -62,6 +67,20 @@ class Length:
             return None
         unit = "characters" if isinstance(value, str) else "keys" if isinstance(value, dict) else "items"
         return f"expected {self.low:,} to {self.high:,} {unit}, got {len(value):,}"
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A text that `pattern` (a regular expression) matches from its first to its last character."""
+
+    pattern: str
+    meaning: str
+    """What the pattern accepts, in words; the message says "expected {meaning}"."""
+
+    def problem(self, value: Any) -> str | None:
+        if re.fullmatch(self.pattern, value):
+            return None
+        return f"expected {self.meaning}, got {_shown(value)}"
 
 
 def from_dict(cls: type[T], data: object, where: str, error: type[MammutError], hint: str = "") -> T:
@@ -110,11 +129,18 @@ def parse_json(text: bytes, where: str, error: type[MammutError], max_bytes: int
     def constant(name: str) -> NoReturn:
         raise error(f"{where}: {name} is not a JSON number; expected finite numbers only")
 
+    def whole(digits: str) -> int:
+        if len(digits) > _MOST_DIGITS:
+            raise error(f"{where}: a whole number of {len(digits):,} digits; expected at most {_MOST_DIGITS}")
+        return int(digits)
+
     try:
-        parsed: object = json.loads(text.decode("utf-8"), object_pairs_hook=object_of, parse_constant=constant)
+        parsed: object = json.loads(
+            text.decode("utf-8"), object_pairs_hook=object_of, parse_constant=constant, parse_int=whole
+        )
     except RecursionError:
         raise error(f"{where}: objects or lists are nested too deeply") from None
-    except ValueError as problem:  # also: not UTF-8, and integers of thousands of digits
+    except ValueError as problem:  # not JSON, or not UTF-8
         raise error(f"{where}: not readable as JSON: {problem}") from None
     return parsed
 
@@ -163,9 +189,9 @@ def _read(kind: Any, value: Any, path: str, fail: _Fail) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             fail(path, f"expected an object, got {_shown(value)}")
-        item = get_args(kind)[1]
+        of_key, of_value = get_args(kind)
         return {
-            _read_plain(str, key, path, fail): _read(item, each, _joined(path, key), fail)
+            _read(of_key, key, path, fail): _read(of_value, each, _joined(path, key), fail)
             for key, each in value.items()
         }
     if dataclasses.is_dataclass(kind):
@@ -249,8 +275,8 @@ def _shown(value: object) -> str:
         return repr(value) if len(value) <= _SHOWN_CHARACTERS else repr(value[:_SHOWN_CHARACTERS]) + "..."
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return "a number of more than 20 digits"
+    if isinstance(value, int) and abs(value) >= 10**_MOST_DIGITS:
+        return f"a number of more than {_MOST_DIGITS} digits"
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, dict):

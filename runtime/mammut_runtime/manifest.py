@@ -1,0 +1,350 @@
+"""manifest.json, the one description of a bundle, as frozen dataclasses.
+
+The exporter builds a `Manifest` and writes it with `bundle.write_manifest`; a device reads it with `read_manifest`.
+Each field is a key of the file. docs/bundle.md says the same for readers in other languages, and more about how the parts
+are used. Files, hashes and links are bundle.py's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Final, Literal
+
+from mammut_runtime.errors import BundleError
+from mammut_runtime.preprocess import PreprocessRule
+from mammut_runtime.strict import Between, Length, Matching, from_dict, parse_json
+
+FORMAT: Final = 1
+"""The manifest format this runtime reads and writes."""
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.bin"
+TOKENIZER_FILE = "tokenizer.json"
+
+Width = Annotated[int, Between(1, 16_384)]
+Layers = Annotated[int, Between(1, 256)]
+TokenId = Annotated[int, Between(0, 1_999_999)]
+FileName = Annotated[
+    str,
+    Matching(
+        r"(?!(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$))[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*",
+        "a plain file name (a-z, 0-9, '_', '-', single dots inside; no folder)",
+    ),
+    Length(1, 100),
+]
+"""Lower case only, so that two names never meet on a file system that ignores case; no name that Windows reserves."""
+Line = Annotated[
+    str, Matching(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*", "a text without control characters"), Length(1, 300)
+]
+"""One line for people. Without control characters, because it ends up on terminals."""
+Prompt = Annotated[
+    str, Matching(r"[^\x00-\x09\x0b-\x1f\x7f-\x9f]*", "a text without control characters"), Length(0, 20_000)
+]
+Component = Annotated[float, Between(-1.001, 1.001)]
+"""Of a unit vector; the margin is for rounding."""
+
+_TENSOR_NAME = Matching(r"[a-z_][a-z0-9_]*(\.[0-9]+)?", "a tensor name such as 'pixels' or 'past_k.0'")
+_OUTPUT_NAME = Matching(r"[a-z][a-z0-9_.]*", "a name such as 'vision.embedding'")
+_DIMENSION = re.compile(r"[a-z_][a-z0-9_]*( ?\+ ?[a-z_][a-z0-9_]*)?")
+_GRAPHS_NEEDED = {"vision": (), "text": (), "memory": ("vision",), "decoder": ("vision", "memory")}
+_PLACEHOLDERS = {"caption": None, "ask": "{question}", "zero_shot": "{}"}
+"""Task → the placeholder that its prompt, or each line of it, holds exactly once."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a graph."""
+
+    name: Annotated[str, _TENSOR_NAME, Length(1, 80)]
+    dtype: Literal["float32", "float16", "int64", "int32", "bool", "uint8", "int8"]
+    shape: Annotated[tuple[int | str, ...], Length(0, 8)]
+    """Sizes; a name stands for a size that the caller chooses ("batch"), "past+new" for a sum."""
+
+    def __post_init__(self) -> None:
+        for size in self.shape:
+            if isinstance(size, int) and not 1 <= size <= 2_000_000:
+                raise ValueError(f"shape: expected sizes from 1 to 2,000,000, got {size}")
+            if isinstance(size, str) and (len(size) > 40 or not _DIMENSION.fullmatch(size)):
+                raise ValueError(f"shape: expected a name such as 'batch' or 'past+new', got {size[:40]!r}")
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """A graph: its ONNX file, and what goes in and out, in the graph's own order."""
+
+    file: Annotated[FileName, Matching(r".*\.onnx", "a file name that ends in .onnx")]
+    inputs: Annotated[tuple[TensorInfo, ...], Length(1, 1200)]
+    outputs: Annotated[tuple[TensorInfo, ...], Length(1, 1200)]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a file of the bundle must be."""
+
+    sha256: Annotated[str, Matching("[0-9a-f]{64}", "64 hexadecimal digits, lower case")]
+    size_bytes: Annotated[int, Between(0, 2**40)]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Sizes of the model, and how its embeddings are compared."""
+
+    name: Line
+    image_tokens: Annotated[int, Between(1, 65_536)]
+    """N: tokens that leave the picture encoder, a class token counted."""
+    vision_width: Width
+    """Wv: channels of an image token."""
+    embed_dim: Width
+    """E: components of an embedding, picture's and text's."""
+    text_width: Width
+    """Wt: channels of the decoder; a multiple of `heads`."""
+    text_layers: Layers
+    """Self-attention blocks, each with a cache."""
+    cross_layers: Layers
+    """Cross-attention blocks, each with keys and values of the picture."""
+    heads: Annotated[int, Between(1, 1024)]
+    """H: attention heads of the decoder. A head has d = text_width / heads channels."""
+    vocab_size: Annotated[int, Between(2, 2_000_000)]
+    """V: logits per step. Every id of the bundle is below it."""
+    parameters: Annotated[int, Between(1, 10**13)]
+    """Of the whole model, for people."""
+    logit_scale: Annotated[float, Between(1e-9, 1e9)]
+    """Factor on the cosine of two embeddings (1 / temperature, already out of its logarithm)."""
+    logit_bias: Annotated[float, Between(-1e9, 1e9)]
+    """Added to the scaled cosine; 0.0 where the model has none."""
+    similarity: Literal["softmax", "sigmoid"]
+    """How scaled cosines become probabilities: over the candidates together, or each on its own."""
+
+    def __post_init__(self) -> None:
+        if self.text_width % self.heads:
+            raise ValueError(f"text_width {self.text_width} is not a multiple of heads {self.heads}")
+
+
+@dataclass(frozen=True)
+class TextRule:
+    """How texts become ids, beyond what tokenizer.json says."""
+
+    context_length: Annotated[int, Between(2, 8192)]
+    """Longest sequence the model has positions for, tokens, start and end counted."""
+    max_tokens: Annotated[int, Between(1, 8192)]
+    """Longest caption this bundle was made and checked for, tokens; at most context_length."""
+    text_length: Annotated[int, Between(2, 8192)] | None
+    """Texts for the `text` graph are padded to this length; null: any length will do."""
+    pad_id: TokenId
+    start_id: TokenId
+    end_id: TokenId
+    mask_pads: bool
+    """Whether the `text` graph leaves pads out (ids equal to pad_id). If not, text_length is a number."""
+    prompts: Annotated[dict[str, Prompt], Length(1, 16)]
+    """Task → form. caption: what a caption begins with. ask: holds {question} once. zero_shot: templates, one a line,
+    each holding {} once."""
+    cleaning: Literal["clip"] = "clip"
+    """What is done to a text before the tokenizer. clip: ftfy, HTML entities, white space, lower case."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens > self.context_length:
+            raise ValueError(f"max_tokens {self.max_tokens} is above context_length {self.context_length}")
+        if self.text_length is not None and self.text_length > self.context_length:
+            raise ValueError(f"text_length {self.text_length} is above context_length {self.context_length}")
+        if self.text_length is None and not self.mask_pads:
+            raise ValueError("text_length: expected a number, because mask_pads is false and so pads change the result")
+        if self.start_id == self.end_id:
+            raise ValueError(f"start_id and end_id are both {self.start_id}; expected two different ids")
+        for task, form in self.prompts.items():
+            _check_prompt(task, form)
+
+
+@dataclass(frozen=True)
+class ParityInfo:
+    """Largest difference between this bundle, run by the runtime, and the PyTorch core, over the checked pictures."""
+
+    max_abs_error: Annotated[float, Between(0, 1e6)]
+    tolerance: Annotated[float, Between(0, 1e6)]
+
+    def __post_init__(self) -> None:
+        if self.max_abs_error > self.tolerance:
+            raise ValueError(f"max_abs_error {self.max_abs_error} is above tolerance {self.tolerance}")
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """How a graph's numbers are stored and computed where that is not float32, and what it costs."""
+
+    weights: Literal["float32", "float16", "int8", "int4"]
+    activations: Literal["float32", "float16", "int8", "uint8"]
+    drift: Annotated[dict[str, Annotated[float, Between(0, 1e6)]], Length(0, 64)]
+    """Output → mean of 1 - cosine against float32 on the data the user gave; empty if not measured."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Small inputs and what the bundle made of them where it was exported. The device replays them (canary.py)."""
+
+    seed: Annotated[int, Between(0, 2**32 - 1)]
+    """Of the canary picture."""
+    ids: Annotated[tuple[TokenId, ...], Length(0, 8192)]
+    """A text for the `text` graph, as ids, start and end included; empty in a bundle without that graph."""
+    embedding: Annotated[tuple[Component, ...], Length(0, 16_384)]
+    """Expected embedding of the picture, E components; empty in a bundle without `vision`."""
+    text_embedding: Annotated[tuple[Component, ...], Length(0, 16_384)]
+    """Expected embedding of `ids`, E components; empty in a bundle without `text`."""
+    caption_ids: Annotated[tuple[TokenId, ...], Length(0, 8192)]
+    """Expected greedy caption of the picture, ids without start and end; empty in a bundle without `decoder`."""
+    tolerance: Annotated[float, Between(1e-9, 1)]
+    """Largest difference of a component of an embedding."""
+    picture_hw: tuple[Annotated[int, Between(1, 4096)], Annotated[int, Between(1, 4096)]] = (192, 256)
+    """Height and width of the canary picture, pixels. Not the model's: resizing and cropping are replayed too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """manifest.json."""
+
+    format: Literal[1] = FORMAT
+    target: Literal["onnxruntime", "openvino", "tensorrt"]
+    precision: Literal["fp32", "fp16", "int8", "int4"]
+    opset: Annotated[int, Between(18, 30)]
+    """ONNX operator set of the graphs."""
+    made_by: Annotated[dict[str, Line], Length(0, 64)]
+    """What made the bundle, for people: the checkpoint and its hash, versions of the tools."""
+    model: ModelInfo
+    preprocess: PreprocessRule
+    text: TextRule
+    graphs: Annotated[dict[str, GraphInfo], Length(1, 16)]
+    """Graph → its file and tensors; the graphs that the bundle has, of those in `graph_contract`."""
+    parity: Annotated[dict[Annotated[str, _OUTPUT_NAME], ParityInfo], Length(0, 256)]
+    """"graph.output" → measured error and its tolerance."""
+    quantization: Annotated[dict[str, QuantizationInfo], Length(0, 16)]
+    """Graph → how it is quantized; graphs in float32 may be left out."""
+    files: Annotated[dict[FileName, FileInfo], Length(1, 256)]
+    """Every file of the folder except manifest.json."""
+    canary: Canary = field(repr=False)
+
+    def __post_init__(self) -> None:
+        checks = (self._file_problems(), self._graph_problems(), self._id_problems(), self._canary_problems())
+        for problem in itertools.chain(*checks):
+            raise ValueError(problem)
+
+    def _file_problems(self) -> Iterator[str]:
+        if MANIFEST_FILE in self.files:
+            yield f"files: {MANIFEST_FILE!r} cannot hold its own hash; leave it out"
+        for graph, info in self.graphs.items():
+            if info.file not in self.files:
+                yield f"graphs.{graph}.file: {info.file!r} is not in files"
+        if {"text", "decoder"} & self.graphs.keys() and TOKENIZER_FILE not in self.files:
+            yield f"files: missing key {TOKENIZER_FILE!r}, which the graphs for texts need"
+
+    def _graph_problems(self) -> Iterator[str]:
+        contract = graph_contract(self.model, self.preprocess.size)
+        for name, graph in self.graphs.items():
+            if name not in contract:
+                yield f"graphs: unknown key {name[:80]!r}, expected some of {', '.join(contract)}"
+                continue
+            for needed in _GRAPHS_NEEDED[name]:
+                if needed not in self.graphs:
+                    yield f"graphs: missing key {needed!r}, which {name!r} needs"
+            yield from _tensor_problems(f"graphs.{name}.inputs", graph.inputs, contract[name].inputs)
+            yield from _tensor_problems(f"graphs.{name}.outputs", graph.outputs, contract[name].outputs)
+        for name in self.quantization.keys() - self.graphs.keys():
+            yield f"quantization: unknown key {name[:80]!r}, expected one of this bundle's graphs"
+
+    def _id_problems(self) -> Iterator[str]:
+        text = self.text
+        ids = {"text.pad_id": text.pad_id, "text.start_id": text.start_id, "text.end_id": text.end_id}
+        ids["canary.ids"] = max(self.canary.ids, default=0)
+        ids["canary.caption_ids"] = max(self.canary.caption_ids, default=0)
+        for path, token in ids.items():
+            if token >= self.model.vocab_size:
+                yield f"{path}: expected ids below model.vocab_size {self.model.vocab_size}, got {token}"
+
+    def _canary_problems(self) -> Iterator[str]:
+        canary, size = self.canary, self.model.embed_dim
+        for key, graph, found in (
+            ("embedding", "vision", len(canary.embedding)),
+            ("text_embedding", "text", len(canary.text_embedding)),
+        ):
+            expected = size if graph in self.graphs else 0
+            if found != expected:
+                yield f"canary.{key}: expected {expected} components (graphs and model.embed_dim say so), got {found}"
+        longest = (self.text.text_length or self.text.context_length) if "text" in self.graphs else 0
+        if not min(1, longest) <= len(canary.ids) <= longest:
+            yield f"canary.ids: expected {min(1, longest)} to {longest} ids, got {len(canary.ids)}"
+        longest = self.text.max_tokens if "decoder" in self.graphs else 0
+        if len(canary.caption_ids) > longest:
+            yield f"canary.caption_ids: expected at most {longest} ids, got {len(canary.caption_ids)}"
+
+
+def read_manifest(text: bytes, where: str = MANIFEST_FILE) -> Manifest:
+    """The bytes of a manifest.json, checked. Raises BundleError, which names the first key that does not fit."""
+    hint = f"this runtime reads format {FORMAT}; export the bundle again or update"
+    data = parse_json(text, where, BundleError)
+    if isinstance(data, dict) and type(data.get("format")) is int and data["format"] != FORMAT:
+        raise BundleError(f"{where}: the bundle has format {data['format']}; {hint}")
+    return from_dict(Manifest, data, where, BundleError, hint)
+
+
+def graph_contract(model: ModelInfo, image_size: int) -> dict[str, GraphInfo]:
+    """Every graph of format 1 as its ONNX file must be: names, dtypes and sizes. A bundle may have some of them.
+
+    image_size: side of the model's square input, pixels (S).
+    """
+    heads, width = model.heads, model.text_width // model.heads
+
+    def floats(name: str, *shape: int | str) -> TensorInfo:
+        return TensorInfo(name, "float32", shape)
+
+    def caches(prefix: str, count: int, *shape: int | str) -> list[TensorInfo]:
+        """k and v of each layer, in the order k.0, v.0, k.1, v.1."""
+        return [floats(f"{prefix}_{kind}.{layer}", *shape) for layer in range(count) for kind in "kv"]
+
+    tokens = floats("tokens", "batch", model.image_tokens, model.vision_width)
+    embedding = floats("embedding", "batch", model.embed_dim)
+    cross = caches("cross", model.cross_layers, "batch", heads, model.image_tokens, width)
+    past = caches("past", model.text_layers, "batch", "beams", heads, "past", width)
+    present = caches("present", model.text_layers, "batch", "beams", heads, "past+new", width)
+    pixels = floats("pixels", "batch", 3, image_size, image_size)
+    ids = TensorInfo("ids", "int64", ("batch", "length"))
+    new_ids = TensorInfo("ids", "int64", ("batch", "beams", "new"))
+    logits = floats("logits", "batch", "beams", model.vocab_size)
+    return {
+        "vision": GraphInfo("vision.onnx", (pixels,), (tokens, embedding)),
+        "text": GraphInfo("text.onnx", (ids,), (embedding,)),
+        "memory": GraphInfo("memory.onnx", (tokens,), tuple(cross)),
+        "decoder": GraphInfo("decoder.onnx", (new_ids, *past, *cross), (logits, *present)),
+    }
+
+
+def _tensor_problems(path: str, found: tuple[TensorInfo, ...], expected: tuple[TensorInfo, ...]) -> Iterator[str]:
+    """Order does not matter; a size that the contract leaves open may be fixed."""
+    by_name = {tensor.name: tensor for tensor in found}
+    if len(by_name) != len(found):
+        yield f"{path}: two tensors have the same name"
+    for want in expected:
+        tensor = by_name.pop(want.name, None)
+        if tensor is None:
+            yield f"{path}: missing tensor {want.name!r}"
+            continue
+        fits = len(tensor.shape) == len(want.shape) and all(
+            isinstance(size, str) or size == got for size, got in zip(want.shape, tensor.shape, strict=True)
+        )
+        if tensor.dtype != want.dtype or not fits:
+            yield f"{path}: {want.name}: expected {_described(want)}, got {_described(tensor)}"
+    for name in by_name:
+        yield f"{path}: unknown tensor {name!r}"
+
+
+def _described(tensor: TensorInfo) -> str:
+    return f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _check_prompt(task: str, form: str) -> None:
+    if task not in _PLACEHOLDERS:
+        raise ValueError(f"prompts: unknown key {task[:80]!r}, expected some of {', '.join(_PLACEHOLDERS)}")
+    placeholder = _PLACEHOLDERS[task]
+    for line in form.split("\n") if task == "zero_shot" else [form]:
+        rest = line if placeholder is None else line.replace(placeholder, "", 1)
+        if (placeholder is not None and rest == line) or "{" in rest or "}" in rest:
+            wanted = f"{placeholder} once and no other braces" if placeholder else "no braces"
+            raise ValueError(f"prompts.{task}: expected {wanted}, got {line[:80]!r}")
