@@ -36,6 +36,7 @@ from mammut_runtime.tokenizer import Tokenizer
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
 WEIGHTS = "model.safetensors"
 PUBLIC_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+CLIP_VOCABULARY = 49_408
 MAX_TOKENIZER_BYTES = 64_000_000
 OPENMAMMUT_PROMPTS = {
     "caption": "",
@@ -91,16 +92,13 @@ def load_checkpoint(
         InputError: image_size is smaller than a patch or unreasonably large.
     """
     folder, weights = _locate(str(spec))
-    if (folder / "config.json").is_file() and weights.name == WEIGHTS:
-        parts = _read_own(folder)
-        own_tokenizer = _read_tokenizer(folder)
-    else:
-        parts = _read_public_config(folder, weights)
-        own_tokenizer = _read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    config, public = parts.model, weights.name != WEIGHTS
-    state, config = _read_weights(weights, config, public)
+    public = weights.name != WEIGHTS
+    parts = _read_public_config(folder, weights) if public else _read_own(folder)
+    state, config = _read_weights(weights, parts.model, public)
     if tokenizer_json is None:
-        tokenizer_json = own_tokenizer or _clip_tokenizer(config, weights)
+        # Public folders may hold a tokenizer.json for another library; their weights were trained with CLIP's.
+        clip = public and config.text.embedding_rows == CLIP_VOCABULARY
+        tokenizer_json = build_clip_tokenizer() if clip else _read_tokenizer(folder)
     tokenizer = Tokenizer.from_bytes(tokenizer_json)
     if tokenizer.vocab_size > config.text.embedding_rows:
         raise CheckpointError(
@@ -167,8 +165,10 @@ def _locate(spec: str) -> tuple[Path, Path]:
         raise CheckpointError(
             f'{spec}: no such checkpoint; expected "demo", a folder, a weights file or hf-hub:ORG/NAME'
         )
-    for name in (WEIGHTS, *PUBLIC_WEIGHTS):
-        if (path / name).is_file() and (name != WEIGHTS or (path / "config.json").is_file()):
+    # A public folder may hold a config.json and model.safetensors for another library beside its own files.
+    own = not (path / "open_clip_config.json").is_file() and (path / "config.json").is_file()
+    for name in (WEIGHTS,) if own else PUBLIC_WEIGHTS:
+        if (path / name).is_file():
             return path, path / name
     training = sorted(path.glob("*.pt"))
     if len(training) == 1:
@@ -191,9 +191,12 @@ def _download(name: str) -> Path:
         ) from error
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(f"hf-hub:{name}: expected hf-hub:ORG/NAME")
-    wanted = ["*config.json", "*.safetensors", "open_clip_pytorch_model.bin", "tokenizer.json"]
+    small = ["config.json", "open_clip_config.json", "tokenizer.json"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*small, WEIGHTS, PUBLIC_WEIGHTS[0]]))
+        if not list(folder.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(name, allow_patterns=[*small, PUBLIC_WEIGHTS[1]])
+        return folder
     except Exception as error:  # the library raises its own, requests' and OSErrors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -239,16 +242,9 @@ def _read_tokenizer(folder: Path) -> bytes:
             raise CheckpointError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes; this is not a tokenizer")
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-
-
-def _clip_tokenizer(config: MammutConfig, weights: Path) -> bytes:
-    if config.text.embedding_rows != 49_408:
         raise CheckpointError(
-            f"{weights}: no tokenizer.json beside it, and the vocabulary of {config.text.embedding_rows} is not CLIP's "
-            f"49408; put the tokenizer it was trained with beside the weights"
-        )
-    return build_clip_tokenizer()
+            f"{path}: cannot be read ({error}); put the tokenizer it was trained with beside the weights"
+        ) from error
 
 
 def _read_weights(path: Path, config: MammutConfig, public: bool) -> tuple[dict[str, Tensor], MammutConfig]:
@@ -296,7 +292,7 @@ def _load_pickle(path: Path) -> object:
 def _fit_rows(config: MammutConfig, shapes: dict[str, tuple[int, ...]]) -> MammutConfig:
     """The public code gives the embedding 49408 rows whatever vocab_size says; newer files follow vocab_size."""
     rows = shapes.get("text.token_embedding.weight", (config.text.vocab_size,))[0]
-    if rows in (49_408, config.text.vocab_size):
+    if rows in (CLIP_VOCABULARY, config.text.vocab_size):
         return dataclasses.replace(config, text=dataclasses.replace(config.text, embedding_rows=rows))
     return config
 

@@ -1,7 +1,7 @@
 """The vocabulary of OpenAI's CLIP as a tokenizer.json, for checkpoints that were trained with it (openMaMMUT).
 
-The list of merges in `assets/clip_merges.txt` is CLIP's, under the MIT licence; NOTICE credits it. Everything else about
-the tokenizer follows from that list and is written by `mammut_runtime.tokenizer`.
+The list of merges in `assets/clip_merges.txt` is CLIP's, under the MIT licence; NOTICE credits it. Everything else
+about the tokenizer follows from that list and is written by `mammut_runtime.tokenizer`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CLIP_MERGES = 48_894
 
 
 def build_clip_tokenizer() -> bytes:
-    """CLIP's tokenizer as the content of a tokenizer.json: 49,408 ids, start 49406, end 49407, pad 0 (which is also `!`).
+    """CLIP's tokenizer as the content of a tokenizer.json: 49,408 ids, start 49406, end 49407, pad 0 (also `!`).
 
     Raises CheckpointError where the installed list of merges is incomplete.
     """
@@ -27,5 +27,6 @@ def build_clip_tokenizer() -> bytes:
             f"expected {CLIP_MERGES} merges in assets/clip_merges.txt, got {len(merges)}; install mammut-edge again"
         )
     symbols = byte_alphabet()
-    tokens = [*symbols, *(symbol + WORD_END for symbol in symbols), *(left + right for left, right in merges), START, END]
-    return pack_tokenizer(tokens, merges)
+    final_symbols = [symbol + WORD_END for symbol in symbols]
+    merged = [left + right for left, right in merges]
+    return pack_tokenizer([*symbols, *final_symbols, *merged, START, END], merges)

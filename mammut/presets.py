@@ -13,9 +13,9 @@ def demo(vocab_size: int = 2048) -> MammutConfig:
     """The small model that ships: about 7 M parameters, trained on a CPU in under an hour."""
     return MammutConfig(
         name="demo",
-        vision=_paper_vision(image_size=112, patch_size=16, width=256, layers=5, heads=4),
+        vision=_paper_vision(image_size=96, patch_size=16, width=256, layers=5, heads=4),
         text=_paper_text(
-            vocab_size=vocab_size, context_length=48, width=192, layers=4, heads=3, mlp_width=768, cross_after=(1, 3)
+            vocab_size=vocab_size, context_length=32, width=192, layers=4, heads=3, mlp_width=768, cross_after=(1, 3)
         ),
         embed_dim=192,
         activation="gelu",

@@ -85,22 +85,20 @@ class TextDecoder(nn.Module):
     def _causal(
         self, ids: Tensor, past: list[KeysValues] | None, memory: list[KeysValues]
     ) -> tuple[Tensor, list[KeysValues]]:
-        batch, beams, length = ids.shape
-        start = 0 if past is None else past[0][0].shape[3]
-        x = self.token_embedding(ids.reshape(batch * beams, length)) + self.positions[start : start + length]
+        length = ids.shape[-1]
+        start = 0 if past is None else past[0][0].shape[-2]
+        x = self.token_embedding(ids) + self.positions[start : start + length]
         mask = causal_mask(length, start, x)
         present, crossed = [], 0
         for index, block in enumerate(self.self_blocks):
-            before = None if past is None else (past[index][0].flatten(0, 1), past[index][1].flatten(0, 1))
             assert isinstance(block, SelfBlock)
-            x, (k, v) = block.cached(x, before, mask)
-            present.append((k.reshape(batch, beams, *k.shape[1:]), v.reshape(batch, beams, *v.shape[1:])))
+            x, keys_values = block.cached(x, None if past is None else past[index], mask)
+            present.append(keys_values)
             if index in self.config.cross_after:
-                width = x.shape[-1]
-                x = self.cross_blocks[crossed](x.reshape(batch, beams * length, width), memory[crossed])
-                x = x.reshape(batch * beams, length, width)
+                # Sequences of one picture one after another: its memory is read once for all of them.
+                x = self.cross_blocks[crossed](x.flatten(1, 2), memory[crossed]).reshape(x.shape)
                 crossed += 1
-        return self.final_norm(x).reshape(batch, beams, length, -1), present
+        return self.final_norm(x), present
 
 
 def causal_mask(length: int, start: int, like: Tensor) -> Tensor:

@@ -13,19 +13,30 @@ from torch.nn import functional as F
 
 Activation = Literal["gelu", "quick_gelu"]
 KeysValues = tuple[Tensor, Tensor]
-"""Keys and values, each [B, H, L, D]."""
+"""Keys and values, each [..., H, L, D]."""
 
 
-def split_heads(x_BLW: Tensor, heads: int) -> Tensor:
-    """[B, L, W] to [B, H, L, D]: heads are contiguous blocks of channels."""
-    batch, length, width = x_BLW.shape
-    return x_BLW.reshape(batch, length, heads, width // heads).transpose(1, 2)
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[..., L, W] to [..., H, L, D]: heads are contiguous blocks of channels."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-2, -3)
 
 
-def merge_heads(x_BHLD: Tensor) -> Tensor:
-    """[B, H, L, D] to [B, L, W]."""
-    batch, heads, length, head_width = x_BHLD.shape
-    return x_BHLD.transpose(1, 2).reshape(batch, length, heads * head_width)
+def merge_heads(x: Tensor) -> Tensor:
+    """[..., H, L, D] to [..., L, W]."""
+    return x.transpose(-2, -3).flatten(-2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v over [..., H, L, D].
+
+    PyTorch's own kernel takes one batch dimension. An exporter gets the formula instead: what it makes of the kernel is
+    three times as many nodes (it guards rows that are masked as a whole, which we have none of).
+    """
+    if torch.compiler.is_exporting():
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v
+    out = F.scaled_dot_product_attention(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), attn_mask=mask)
+    return out.reshape(q.shape)
 
 
 class Mlp(nn.Module):
@@ -62,10 +73,10 @@ class SelfBlock(nn.Module):
 
     def cached(self, x_BLW: Tensor, past: KeysValues | None, mask: Tensor | None) -> tuple[Tensor, KeysValues]:
         """The same over [past, x]; returns the block's output for x and the keys and values of past and x together."""
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm_1(x_BLW)).chunk(3, dim=-1))
+        q, k, v = split_heads(self.qkv(self.norm_1(x_BLW)), 3 * self.heads).chunk(3, dim=-3)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        x_BLW = x_BLW + self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+            k, v = torch.cat([past[0], k], dim=-2), torch.cat([past[1], v], dim=-2)
+        x_BLW = x_BLW + self.out(merge_heads(attention(q, k, v, mask)))
         if self.mlp is not None and self.norm_2 is not None:
             x_BLW = x_BLW + self.mlp(self.norm_2(x_BLW))
         return x_BLW, (k, v)
@@ -95,6 +106,6 @@ class CrossBlock(nn.Module):
     def forward(self, x_BLW: Tensor, memory: KeysValues) -> Tensor:
         """There is no mask, so sequences of one picture may stand one after another along L."""
         q = split_heads(self.query(self.norm_1(x_BLW)), self.heads)
-        x_BLW = x_BLW + self.out(merge_heads(F.scaled_dot_product_attention(q, *memory)))
+        x_BLW = x_BLW + self.out(merge_heads(attention(q, *memory)))
         out: Tensor = x_BLW + self.mlp(self.norm_2(x_BLW))
         return out

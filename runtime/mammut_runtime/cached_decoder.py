@@ -41,7 +41,7 @@ class CachedDecoder:
         """cross: cross_k.J and cross_v.J float32[P, H, N, d], as the memory graph gives them for P pictures."""
         self._engine = engine
         self._cross = dict(cross)
-        self._pictures = next(iter(cross.values())).shape[0]
+        self._pictures: int = next(iter(cross.values())).shape[0]
         empty = np.zeros((self._pictures, 1, shape.heads, 0, shape.head_width), np.float32)
         names = [f"{kind}.{layer}" for layer in range(shape.layers) for kind in ("k", "v")]
         self._past: dict[str, Floats] = dict.fromkeys(names, empty)
@@ -54,12 +54,12 @@ class CachedDecoder:
     @property
     def sequences(self) -> int:
         """K."""
-        return self._any_past().shape[1]
+        return int(self._any_past().shape[1])
 
     @property
     def length(self) -> int:
         """L, tokens fed so far, the same for all sequences."""
-        return self._any_past().shape[3]
+        return int(self._any_past().shape[3])
 
     def feed(self, ids: Ids) -> Floats:
         """Append int64[P, K, T] to the sequences; float32[P, K, V], the logits after the last token of each."""

@@ -45,20 +45,20 @@ DEBUG_VARIABLE = "MAMMUT_DEBUG"
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Run a click command as a whole process would, and return the exit code instead of exiting.
 
-    arguments: without the program's name; None takes them from the command line.
+    arguments: without the program's name; None takes them from the command line. The command's own name (which should
+    be the program's) begins its usage texts.
     A callback may return an int: it becomes the exit code (any other value, None included, means 0).
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        result = command.main(arguments, standalone_mode=False)
+        # Not command.main: it hides a broken pipe behind the exit code 1, which means something else here.
+        with command.make_context(command.name, given) as context:
+            result = command.invoke(context)
         sys.stdout.flush()
-    except click.Abort:  # click's form of KeyboardInterrupt
+    except click.exceptions.Exit as stop:  # --help, --version
+        return stop.exit_code
+    except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # click exits so when it sees EPIPE
-            return _leave_broken_pipe()
-        raise
     except BrokenPipeError:
         return _leave_broken_pipe()
     except Exception as problem:
@@ -107,9 +107,14 @@ def note(message: str) -> None:
     click.echo(printable(message), err=True)
 
 
+def json_line(value: dict[str, Any]) -> str:
+    """One line of JSON: ASCII, so that it survives every locale; NaN and infinities become null."""
+    return json.dumps(_finite(value), ensure_ascii=True, allow_nan=False)
+
+
 def echo_json(value: dict[str, Any]) -> None:
-    """One JSON line on stdout: ASCII, so that it survives every locale; NaN and infinities become null."""
-    click.echo(json.dumps(_finite(value), ensure_ascii=True, allow_nan=False))
+    """One JSON line on stdout."""
+    click.echo(json_line(value))
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
@@ -155,7 +160,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._clear()
+        self.clear()
 
     def __call__(self, done: int, total: int | None = None, note: str = "") -> None:
         """So many are done (of so many, where that is only known now); note: shown behind the bar."""
@@ -171,9 +176,21 @@ class Progress:
 
     def print(self, line: str) -> None:
         """Write one line to stdout, above the bar."""
-        self._clear()
+        self.clear()
         click.echo(line)
         self._draw()
+
+    @property
+    def done(self) -> int:
+        """How many are done so far."""
+        return self._done
+
+    def clear(self) -> None:
+        """Remove the bar until the next update, so that something else can be written."""
+        if self._shown and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
+            self._width = 0
 
     def _draw(self) -> None:
         if not self._shown:
@@ -184,12 +201,6 @@ class Progress:
         self._stream.flush()
         self._width = len(line)
         self._drawn = time.monotonic()
-
-    def _clear(self) -> None:
-        if self._shown and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()
-            self._width = 0
 
 
 def bar_line(label: str, done: int, total: int | None, elapsed_s: float, note: str = "") -> str:

@@ -11,6 +11,7 @@ them. They follow the public code as it runs with transformers 4.46.3 (its beam 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,21 +54,18 @@ class OpenMammutOptions:
     top_p: float = 0.1
     num_beams: int = 6
     num_beam_groups: int = 3
-    """Groups are identical in the public code (no diversity penalty): num_beams / num_beam_groups beams are run once."""
+    """Groups are identical in the public code (no diversity penalty), so num_beams / num_beam_groups beams are run."""
     repetition_penalty: float = 1.0
-    pad_token_id: int | None = 0
-    eos_token_id: int | None = 49407
-    sot_token_id: int | None = 49406
-    """None in any of the three means its default."""
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    sot_token_id: int | None = None
+    """None in any of the three: the bundle's own where there is a bundle, else 0, 49407, 49406."""
     fixed_output_length: bool = False
     """Pad every caption to seq_len ids."""
     seed: int | None = None
     """Of the draws of top_k and top_p; None draws differently every time. (Not in the public code.)"""
 
     def __post_init__(self) -> None:
-        for name, default in (("pad_token_id", 0), ("eos_token_id", 49407), ("sot_token_id", 49406)):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
         if self.generation_type not in get_args(GenerationType):
             kinds = ", ".join(get_args(GenerationType))
             raise InputError(f"generation_type must be one of {kinds}, got {self.generation_type!r}")
@@ -84,12 +82,20 @@ class OpenMammutOptions:
             divides = 1 <= groups <= self.num_beams and self.num_beams % groups == 0
             _check("num_beam_groups", groups, divides, f"a divisor of num_beams ({self.num_beams})")
 
+    def with_ids(self, start: int, end: int, pad: int) -> OpenMammutOptions:
+        """These options with the given ids where they leave one open."""
+        return dataclasses.replace(
+            self,
+            sot_token_id=start if self.sot_token_id is None else self.sot_token_id,
+            eos_token_id=end if self.eos_token_id is None else self.eos_token_id,
+            pad_token_id=pad if self.pad_token_id is None else self.pad_token_id,
+        )
+
     @property
     def special(self) -> tuple[int, int, int]:
-        """Start, end and pad id, none of them None."""
-        start, end, pad = self.sot_token_id, self.eos_token_id, self.pad_token_id
-        if start is None or end is None or pad is None:  # impossible after __post_init__; tells the type checker so
-            raise InputError("start, end and pad ids must be numbers")
+        """Start, end and pad id; CLIP's where the options leave one open."""
+        given = (self.sot_token_id, self.eos_token_id, self.pad_token_id)
+        start, end, pad = (clip if one is None else one for one, clip in zip(given, (49406, 49407, 0), strict=True))
         return start, end, pad
 
     @property

@@ -1,8 +1,8 @@
 """manifest.json, the one description of a bundle, as frozen dataclasses.
 
 The exporter builds a `Manifest` and writes it with `bundle.write_manifest`; a device reads it with `read_manifest`.
-Each field is a key of the file. docs/bundle.md says the same for readers in other languages, and more about how the parts
-are used. Files, hashes and links are bundle.py's.
+Each field is a key of the file. docs/bundle.md says the same for readers in other languages, and more about how the
+parts are used. Files, hashes and links are bundle.py's.
 """
 
 from __future__ import annotations

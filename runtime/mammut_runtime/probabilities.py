@@ -14,7 +14,7 @@ _BLOCK = 64
 
 def log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
     """Natural logarithm of the softmax over the last axis. float32[..., V] -> float32[..., V], a new array, <= 0."""
-    shifted = scores - scores.max(axis=-1, keepdims=True)
+    shifted: NDArray[np.float32] = scores - scores.max(axis=-1, keepdims=True)
     total: NDArray[np.float32] = np.exp(shifted).sum(axis=-1, keepdims=True)
     shifted -= np.log(total)
     return shifted
@@ -28,7 +28,7 @@ def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def best(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Indices of the `count` highest of float32[V], highest first, equal ones in the order of their index. int64[<=count].
+    """Indices of the `count` highest of float32[V], highest first, equal ones by their index. int64[<=count].
 
     Sorting a vocabulary costs more than choosing from it should (milliseconds against a decoder step of a few). The
     `count` best lie inside the `count` blocks with the best maxima, so one pass for the maxima and a sort of
@@ -36,12 +36,13 @@ def best(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """
     size = scores.shape[0]
     if size <= count * _BLOCK:
-        return np.argsort(-scores, kind="stable")[:count].astype(np.int64, copy=False)
+        return np.argsort(-scores, kind="stable")[:count]
     whole = size - size % _BLOCK
     maxima = scores[:whole].reshape(-1, _BLOCK).max(axis=1)
     if whole < size:
         maxima = np.append(maxima, scores[whole:].max())
     blocks = np.sort(np.argsort(-maxima, kind="stable")[:count])
-    inside = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).reshape(-1)
+    inside: NDArray[np.int64] = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).reshape(-1)
     inside = inside[inside < size]
-    return inside[np.argsort(-scores[inside], kind="stable")[:count]].astype(np.int64, copy=False)
+    found: NDArray[np.int64] = inside[np.argsort(-scores[inside], kind="stable")[:count]]
+    return found

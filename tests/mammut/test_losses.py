@@ -88,7 +88,9 @@ def test_pictures_against_fewer_distinct_texts(scores: np.ndarray) -> None:
 def test_caption_loss_counts_by_mask_not_by_token() -> None:
     rng = np.random.default_rng(3)
     logits, targets = rng.normal(size=(2, 4, 6)), np.array([[0, 2, 5, 0], [1, 0, 3, 4]])
-    counted = np.array([[True, True, True, False], [False, True, True, True]])  # a real token 0 counts, padding does not
+    counted = np.array(
+        [[True, True, True, False], [False, True, True, True]]
+    )  # a real token 0 counts, padding does not
     by_hand = np.mean(
         [
             -logits[b, i, targets[b, i]] + math.log(np.exp(logits[b, i]).sum())
@@ -101,4 +103,6 @@ def test_caption_loss_counts_by_mask_not_by_token() -> None:
     assert float(ours) == pytest.approx(by_hand, rel=1e-5)
     padded = torch.tensor(logits)
     padded[0, 3] = 100.0  # control: what is not counted cannot matter
-    assert float(caption_cross_entropy(padded, torch.tensor(targets), torch.tensor(counted))) == pytest.approx(float(ours))
+    assert float(caption_cross_entropy(padded, torch.tensor(targets), torch.tensor(counted))) == pytest.approx(
+        float(ours)
+    )

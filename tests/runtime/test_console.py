@@ -36,7 +36,7 @@ def command_that(raises: BaseException | None = None, returns: object = None) ->
         (VerificationError("canary differs"), 1, "error: canary differs\n"),
         (MammutError("\x1b[31mred"), 2, "error: \\x1b[31mred\n"),
         (FileNotFoundError(2, "No such file or directory", "x.txt"), 2, "error: No such file or directory: x.txt\n"),
-        (click.BadParameter("wrong"), 2, "error: Invalid value: wrong\n"),
+        (click.BadParameter("wrong"), 2, "error: Invalid value: wrong; see tool --help\n"),
     ],
 )
 def test_each_error_is_one_line_and_its_exit_code(

@@ -1,0 +1,236 @@
+"""What the commands of mammut-run share: which bundle, which pictures, and how results and failures are shown.
+
+A picture that cannot be used does not stop the rest: it is reported on stderr (and, with --json, as a line with an
+"error"), and the command ends with exit code 2 after all others are done.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mammut_runtime import console
+from mammut_runtime.annotate import annotate, write_picture
+from mammut_runtime.engines import EngineOptions
+from mammut_runtime.errors import BundleError, InputError
+from mammut_runtime.model import Model, Seen
+from mammut_runtime.pictures import Picture, read_picture
+
+BUNDLE_VARIABLE = "MAMMUT_BUNDLE"
+DEFAULT_BUNDLE = Path("build/demo-bundle")
+"""Where `make demo` leaves its bundle, seen from the checkout."""
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""What is taken from a folder. A file that is named itself may be called anything."""
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which bundle to load, and how."""
+
+    bundle: Path
+    engine: EngineOptions
+
+    def load(self) -> Model:
+        """The model, its hashes checked. Raises BundleError that says how to get a bundle, if there is none."""
+        if not self.bundle.exists():
+            raise BundleError(
+                f"{self.bundle}: no such bundle; give one with --bundle DIR or {BUNDLE_VARIABLE}, or make one with "
+                f"`make demo` or mammut-export"
+            )
+        return Model.load(self.bundle, self.engine)
+
+
+def model_options(command: Function) -> Function:
+    """Add --bundle and the engine's options; the command gets them as its first argument, a ModelSettings."""
+
+    @click.option(
+        "--bundle",
+        type=click.Path(path_type=Path),
+        envvar=BUNDLE_VARIABLE,
+        default=DEFAULT_BUNDLE,
+        help=f"The bundle's folder. Default: the variable {BUNDLE_VARIABLE}, else {DEFAULT_BUNDLE.as_posix()}.",
+    )
+    @click.option("--threads", type=int, default=0, help="Threads per graph; 0 takes the physical cores. Default: 0.")
+    @click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        metavar="NAME",
+        help="ONNX Runtime execution provider; repeat in order of preference. Default: CPUExecutionProvider.",
+    )
+    @click.option("--spinning", is_flag=True, help="Idle threads wait in a busy loop: a little faster, costs a core.")
+    @click.option("--memory-arena", is_flag=True, help="Keep freed memory for the next call; it never shrinks.")
+    @click.option("--low-memory", is_flag=True, help="No second, faster copy of the weights.")
+    @functools.wraps(command)
+    def with_settings(
+        *,
+        bundle: Path,
+        threads: int,
+        providers: tuple[str, ...],
+        spinning: bool,
+        memory_arena: bool,
+        low_memory: bool,
+        **rest: Any,
+    ) -> Any:
+        engine = EngineOptions(
+            threads=threads,
+            spinning=spinning,
+            memory_arena=memory_arena,
+            prepack=not low_memory,
+            providers=providers or EngineOptions().providers,
+        )
+        return command(ModelSettings(bundle, engine), **rest)
+
+    return with_settings
+
+
+def json_option(command: Function) -> Function:
+    """Add --json."""
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")(command)
+
+
+def picture_options(command: Function) -> Function:
+    """Add PICTURES, --batch-size, --annotate and --json."""
+    decorators = (
+        click.argument("pictures", nargs=-1, required=True, metavar="PICTURES..."),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1, 256),
+            default=1,
+            help="Pictures computed together: more throughput, more memory, later first result. Default: 1.",
+        ),
+        click.option(
+            "--annotate",
+            "annotate_in",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Also write the pictures with their results to this folder, as PNG.",
+        ),
+        json_option,
+    )
+    return functools.reduce(lambda wrapped, decorator: decorator(wrapped), reversed(decorators), command)
+
+
+def text_list(value: str, name: str) -> list[str]:
+    """Texts from an option: separated by commas, or @FILE with one a line. Raises InputError if there is none."""
+    if value.startswith("@"):
+        try:
+            texts = Path(value[1:]).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as problem:
+            raise InputError(f"{name} {value}: expected UTF-8 text, one a line ({problem.reason})") from problem
+    else:
+        texts = value.split(",")
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        raise InputError(f"{name}: expected texts separated by commas, or @FILE with one a line, got {value!r}")
+    return texts
+
+
+def picture_paths(given: Sequence[str]) -> Iterator[Path]:
+    """The pictures meant by files, folders (searched with their subfolders) and "-" (a list on stdin, one a line).
+
+    stdin is read as it comes, so another program can feed it. Raises InputError for a folder without pictures.
+    """
+    for each in given:
+        path = Path(each)
+        if each == "-":
+            for line in click.get_binary_stream("stdin"):
+                if name := line.rstrip(b"\r\n"):
+                    yield Path(os.fsdecode(name))
+        elif path.is_dir():
+            yield from pictures_in(path)
+        else:
+            yield path
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Files of a folder and its subfolders that are named like pictures, sorted; hidden ones are left out."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        named = (each for each in files if each.lower().endswith(PICTURE_SUFFIXES) and not each.startswith("."))
+        found += [Path(parent, each) for each in named]
+    if not found:
+        raise InputError(f"{folder}: no pictures in this folder; expected files named {' '.join(PICTURE_SUFFIXES)}")
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture the model has seen."""
+
+    path: Path
+    picture: Picture
+    seen: Seen
+
+
+@dataclass
+class PictureRun:
+    """One run over pictures: what came out, what failed, and the bar that shows it."""
+
+    model: Model
+    progress: console.Progress
+    as_json: bool
+    annotate_in: Path | None
+    failed: int = 0
+    _written: set[Path] = field(default_factory=set)
+
+    def shown(self, given: Sequence[str], batch_size: int) -> Iterator[list[Shown]]:
+        """Read and encode the pictures, up to batch_size together."""
+        waiting: list[tuple[Path, Picture]] = []
+        for path in picture_paths(given):
+            try:
+                waiting.append((path, read_picture(path)))
+            except (InputError, OSError) as problem:
+                self.failure(path, problem)
+            if len(waiting) == batch_size:
+                yield self._encoded(waiting)
+                waiting = []
+        if waiting:
+            yield self._encoded(waiting)
+
+    def _encoded(self, pictures: list[tuple[Path, Picture]]) -> list[Shown]:
+        encoded = self.model.encode_batch([picture for _, picture in pictures])
+        return [Shown(path, picture, seen) for (path, picture), seen in zip(pictures, encoded, strict=True)]
+
+    def result(self, shown: Shown, value: dict[str, Any], text: str, annotation: Sequence[str]) -> None:
+        """Show one result: `value` with --json, otherwise `text`; `annotation` goes onto the picture."""
+        if self.as_json:
+            self.progress.print(console.json_line({"path": str(shown.path), **value}))
+        else:
+            self.progress.print(console.printable(f"{shown.path}: {text}"))
+        if self.annotate_in is not None:
+            write_picture(self._free_name(shown.path), annotate(shown.picture.rgb(), annotation))
+        self.progress.advance()
+
+    def failure(self, path: Path, problem: Exception) -> None:
+        """Report a picture that cannot be used."""
+        self.failed += 1
+        message = console.error_line(problem)
+        self.progress.clear()
+        console.note(f"error: {message}")
+        if self.as_json:
+            self.progress.print(console.json_line({"path": str(path), "error": message}))
+        self.progress.advance()
+
+    def exit_code(self) -> int:
+        """0, or 2 after a note if pictures failed."""
+        if self.failed:
+            console.note(f"{self.failed} of {self.progress.done} pictures could not be used")
+        return console.EXIT_USAGE if self.failed else 0
+
+    def _free_name(self, path: Path) -> Path:
+        """The annotated picture's file; pictures of the same name in different folders get -2, -3, ..."""
+        assert self.annotate_in is not None
+        self.annotate_in.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while (target := self.annotate_in / f"{path.stem}{f'-{number}' if number > 1 else ''}.png") in self._written:
+            number += 1
+        self._written.add(target)
+        return target

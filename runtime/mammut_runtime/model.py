@@ -1,0 +1,344 @@
+"""The front door: a bundle as a model that sees pictures and talks about them.
+
+    model = Model.load("bundle/")
+    seen = model.encode("photo.jpg")            # the expensive part, once
+    seen.caption().text
+    seen.ask("what is this?").text
+    seen.match(["a cat", "a dog"]).best
+
+The work is done elsewhere: preprocess.py (pixels), graphs.py (engines), text_tower.py (embeddings of texts),
+captioner.py (captions and answers). search.py finds pictures in folders.
+
+Legend: B pictures, N image tokens, Wv their width, E embedding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mammut_runtime.bundle import TOKENIZER_FILE, Bundle, Canary, Manifest
+from mammut_runtime.canary import CanaryResult, canary_picture, compare
+from mammut_runtime.caption_options import CaptionOptions
+from mammut_runtime.captioner import Captioner, Memory
+from mammut_runtime.engines import Engine, EngineOptions, open_engine
+from mammut_runtime.errors import BundleError, InputError, VerificationError
+from mammut_runtime.generation_openmammut import OpenMammutOptions
+from mammut_runtime.graphs import Graphs
+from mammut_runtime.pictures import Picture, read_picture
+from mammut_runtime.preprocess import Preprocessor
+from mammut_runtime.probabilities import softmax
+from mammut_runtime.results import Answer, Caption, Match, Matches
+from mammut_runtime.text_tower import Classifier, TextTower, check_templates
+from mammut_runtime.tokenizer import Tokenizer
+
+Floats = NDArray[np.float32]
+Image = NDArray[np.uint8] | Picture | str | Path | bytes
+"""uint8[H, W, 3] from a camera, a picture that was read, a picture file's path, or a picture file's bytes."""
+ChannelOrder = Literal["rgb", "bgr"]
+
+BATCH = 8
+"""Pictures computed together by encode_batch; more gained no speed on CPUs and costs memory."""
+
+
+class Model:
+    """A loaded bundle. One instance may be used from several threads at once, and so may what it returns.
+
+    Graphs are opened when they are first needed, so the first call of each kind takes longer.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: EngineOptions | None = None,
+        *,
+        preprocess: Literal["exact", "fast"] = "exact",
+        open_graph: Callable[[str], Engine] | None = None,
+    ) -> None:
+        """open_graph: name -> Engine in place of the bundle's target, for tests (engines.fake)."""
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self._preprocessor = Preprocessor(manifest.preprocess, preprocess)
+
+        def open_default(name: str) -> Engine:
+            return open_engine(bundle.graph_path(name), manifest.target, options)
+
+        self._graphs = Graphs(tuple(manifest.graphs), open_graph or open_default)
+        self._lock = threading.Lock()
+        self._tokenizer: Tokenizer | None = None
+        self._text: TextTower | None = None
+        self._captioner: Captioner | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        options: EngineOptions | None = None,
+        *,
+        verify: bool = True,
+        preprocess: Literal["exact", "fast"] = "exact",
+    ) -> Model:
+        """Open the bundle in the folder `path`.
+
+        verify: check every file's hash first (reads the whole bundle; sizes and names are always checked).
+        preprocess: "exact" is what the model was trained with; "fast" is for large camera frames (see preprocess.py).
+        Raises BundleError for what is not a whole, unedited bundle; EngineError, at first use, for an engine that is
+        missing.
+        """
+        return cls(Bundle.open(path, verify), options, preprocess=preprocess)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says about itself."""
+        return self.bundle.manifest
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The bundle's own prompt templates for class names, each with one {}."""
+        return self.text.templates
+
+    def encode(self, image: Image, color: ChannelOrder = "rgb") -> Seen:
+        """Look at a picture. This is the expensive part; everything is asked of the result.
+
+        color: order of the channels of an array (OpenCV's cameras give "bgr"); files and Pictures know theirs. Picture
+        files are turned upright by their EXIF orientation. Raises InputError for what is not a usable picture.
+        """
+        return self.encode_batch([image], color)[0]
+
+    def encode_batch(self, images: Sequence[Image], color: ChannelOrder = "rgb", batch_size: int = BATCH) -> list[Seen]:
+        """Look at several pictures, `batch_size` at once. Raises InputError if one of them cannot be used."""
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        seen: list[Seen] = []
+        for start in range(0, len(images), batch_size):
+            pixels = np.stack([self._pixels(each, color) for each in images[start : start + batch_size]])
+            outputs = self._graphs.run("vision", {"pixels": pixels})
+            pairs = zip(outputs["tokens"], outputs["embedding"], strict=True)
+            seen += [Seen(self, tokens, embedding) for tokens, embedding in pairs]
+        return seen
+
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        """float32[N, E], unit length; comparable with Seen.embedding by dot product.
+
+        Too long texts lose their tail, as in training (`cut_tokens` says how much). Raises InputError for empty ones.
+        """
+        return self.text.embed(texts)
+
+    def cut_tokens(self, text: str) -> int:
+        """How many tokens of a text do not fit into the text tower; 0 for most texts."""
+        return self.text.cut_tokens(text)
+
+    def classifier(self, names: Sequence[str], templates: Sequence[str] | None = None) -> Classifier:
+        """Class names as embeddings, for `Seen.match` with many pictures: the mean over prompt templates.
+
+        templates: each holds {} once; None takes the bundle's own. Raises InputError.
+        """
+        return self.text.classifier(names, templates)
+
+    def caption_batch(
+        self, seen: Sequence[Seen], options: CaptionOptions | OpenMammutOptions | None = None
+    ) -> list[Caption]:
+        """A caption for each picture, computed together; the same captions as one by one. [] for no pictures."""
+        if not seen:
+            return []
+        memories = self._memories(seen)
+        if isinstance(options, OpenMammutOptions):
+            return self.captioner.caption_openmammut(memories, options)
+        return self.captioner.caption(memories, options or CaptionOptions())
+
+    def generate_openmammut(
+        self, seen: Sequence[Seen], options: OpenMammutOptions | None = None, text: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int64]:
+        """The public openMaMMUT `generate()`, ids int64[B, width] with start, end and pads (generation_openmammut.py)."""
+        return self.captioner.openmammut(self._memories(seen), options or OpenMammutOptions(), text)
+
+    def see(self, tokens: Floats, embedding: Floats) -> Seen:
+        """A Seen from what the vision graph gave before (kept, or computed elsewhere).
+
+        tokens: float32[N, Wv]; embedding: float32[E]. Raises InputError for other shapes.
+        """
+        model = self.manifest.model
+        if tokens.shape != (model.image_tokens, model.vision_width) or embedding.shape != (model.embed_dim,):
+            raise InputError(
+                f"expected tokens [{model.image_tokens}, {model.vision_width}] and an embedding [{model.embed_dim}], "
+                f"got {list(tokens.shape)} and {list(embedding.shape)}; they must come from this bundle"
+            )
+        return Seen(self, np.asarray(tokens, np.float32), np.asarray(embedding, np.float32))
+
+    def canary_answers(self, canary: Canary) -> tuple[Floats | None, Floats | None, tuple[int, ...] | None]:
+        """What this model makes of the canary's inputs: picture embedding, text embedding, greedy caption's ids.
+
+        None where the bundle has no graph for it. The exporter records it, `replay_canary` compares with it.
+        """
+        embedding = text_embedding = caption_ids = None
+        if "vision" in self.manifest.graphs:
+            seen = self.encode(canary_picture(canary.seed, canary.picture_hw))
+            embedding = seen.embedding
+            if "decoder" in self.manifest.graphs:
+                caption_ids = seen.caption(CaptionOptions(beams=1)).ids
+        if "text" in self.manifest.graphs:
+            text_embedding = self._graphs.run("text", {"ids": np.array([canary.ids], np.int64)})["embedding"][0]
+        return embedding, text_embedding, caption_ids
+
+    def replay_canary(self) -> CanaryResult:
+        """Compute what the bundle recorded where it was exported. Raises VerificationError if it differs here."""
+        result = compare(self.manifest.canary, *self.canary_answers(self.manifest.canary))
+        if not result.ok:
+            raise VerificationError(f"{self.bundle.path}: {result.message}")
+        return result
+
+    def close(self) -> None:
+        """Frees the graphs. What was seen keeps its embedding, everything else raises EngineError afterwards."""
+        self._graphs.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer. Raises BundleError for a bundle without one."""
+        with self._lock:
+            if self._tokenizer is None:
+                if TOKENIZER_FILE not in self.manifest.files:
+                    raise BundleError(f"{self.bundle.path} has no {TOKENIZER_FILE}; export it with a task that uses texts")
+                self._tokenizer = Tokenizer.from_bytes(self.bundle.read(TOKENIZER_FILE), TOKENIZER_FILE)
+            return self._tokenizer
+
+    @property
+    def text(self) -> TextTower:
+        """Texts to embeddings."""
+        tokenizer = self.tokenizer
+        with self._lock:
+            if self._text is None:
+                self._text = TextTower(self._graphs, tokenizer, self.manifest.text)
+            return self._text
+
+    @property
+    def captioner(self) -> Captioner:
+        """Captions and answers."""
+        tokenizer = self.tokenizer
+        with self._lock:
+            if self._captioner is None:
+                self._captioner = Captioner(self._graphs, tokenizer, self.manifest)
+            return self._captioner
+
+    def probabilities(self, cosines: Floats) -> Floats:
+        """Cosines of candidates with one picture to probabilities, float32[C] -> float32[C], by the bundle's rule."""
+        model = self.manifest.model
+        scaled = cosines.astype(np.float64) * model.logit_scale + model.logit_bias
+        if model.similarity == "softmax":
+            return softmax(scaled).astype(np.float32)
+        return (1 / (1 + np.exp(-scaled))).astype(np.float32)
+
+    def _pixels(self, image: Image, color: ChannelOrder) -> Floats:
+        if isinstance(image, str | Path | bytes):
+            image = read_picture(image)
+        return self._preprocessor(image, color=color)
+
+    def _memories(self, seen: Sequence[Seen]) -> list[Memory]:
+        """What the decoder looks at, computed together for the pictures that do not have it yet."""
+        for each in seen:
+            if each.model is not self:
+                raise InputError("a picture was seen by another model; encode it with this one")
+        new = [each for each in seen if each.memory is None]
+        for start in range(0, len(new), BATCH):
+            batch = new[start : start + BATCH]
+            for each, memory in zip(batch, self.captioner.memories(np.stack([s.tokens for s in batch])), strict=True):
+                each.memory = memory  # two threads may both compute it; they compute the same
+        return [each.memory for each in seen if each.memory is not None]
+
+
+class Seen:
+    """A picture the model has looked at. Ask as often as you like: nothing is computed twice that need not be."""
+
+    def __init__(self, model: Model, tokens: Floats, embedding: Floats) -> None:
+        """Made by Model.encode."""
+        self.model = model
+        self.tokens = tokens
+        """float32[N, Wv], what the decoder reads."""
+        self.embedding = embedding
+        """float32[E], unit length; its dot product with Model.embed_texts is the similarity."""
+        self.memory: Memory | None = None
+        """The decoder's keys and values of this picture; computed at the first caption or question."""
+
+    def caption(self, options: CaptionOptions | OpenMammutOptions | None = None) -> Caption:
+        """Describe the picture. Raises InputError for a prompt that is empty or too long."""
+        return self.model.caption_batch([self], options)[0]
+
+    def caption_stream(self, options: CaptionOptions | None = None) -> Iterator[str]:
+        """The caption in pieces, as they are chosen: greedy, or sampled if the options say so. Joined they are its text.
+
+        Raises InputError for options.beams above 1.
+        """
+        (memory,) = self.model._memories([self])
+        return self.model.captioner.stream(memory, options or CaptionOptions())
+
+    def ask(
+        self,
+        question: str,
+        candidates: Sequence[str] | None = None,
+        options: CaptionOptions | None = None,
+        *,
+        normalise: bool = False,
+    ) -> Answer:
+        """Answer a question about the picture: freely, or with the most likely of the given candidates.
+
+        options: how a free answer is generated. normalise: compare candidates by their mean log-likelihood per token,
+        where their lengths differ without meaning. Raises InputError for an empty question or candidate.
+        """
+        (memory,) = self.model._memories([self])
+        if candidates is None:
+            return self.model.captioner.answer(memory, question, options or CaptionOptions())
+        if options is not None:
+            raise InputError("options say how a free answer is generated; leave them out when candidates are given")
+        return self.model.captioner.choose(memory, question, candidates, normalise)
+
+    def match(
+        self,
+        texts: Sequence[str] | Classifier,
+        negatives: Sequence[str] = (),
+        templates: Sequence[str] | None = None,
+    ) -> Matches:
+        """How well texts fit the picture, best first.
+
+        texts: texts, or what Model.classifier made of class names. negatives: texts that stand for "none of these"; they
+        take their share of the probability, and win when they fit better. templates: make prompts of `texts` and
+        `negatives` first (Model.templates are the bundle's own). Raises InputError for empty texts.
+        """
+        if isinstance(texts, Classifier):
+            if templates is not None:
+                raise InputError("a classifier has its templates inside; leave templates out")
+            positive = texts
+        else:
+            positive = self._classes(texts, templates)
+        every = [positive, self._classes(negatives, templates)] if negatives else [positive]
+        names = [name for each in every for name in each.names]
+        cosines = np.concatenate([each.embeddings for each in every]) @ self.embedding
+        probabilities = self.model.probabilities(cosines)
+        found = [Match(*each) for each in zip(names, cosines.tolist(), probabilities.tolist(), strict=True)]
+        count = len(positive.names)
+        return Matches(
+            _best_first(found[:count]),
+            _best_first(found[count:]),
+            tuple(notice for each in every for notice in each.notices),
+        )
+
+    def _classes(self, texts: Sequence[str], templates: Sequence[str] | None) -> Classifier:
+        """Texts as they are, or in templates."""
+        tower = self.model.text
+        if templates is not None:
+            return tower.classifier(texts, check_templates(templates))
+        return Classifier(tuple(texts), tower.embed(texts), tower.notices(texts))
+
+
+def _best_first(matches: list[Match]) -> tuple[Match, ...]:
+    return tuple(sorted(matches, key=lambda each: -each.cosine))
