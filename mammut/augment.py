@@ -24,6 +24,8 @@ class AugmentOptions:
     """Standard deviation of the rotation, radians."""
     colour: float = 0.4
     """Brightness, contrast and saturation are multiplied by 1 - colour to 1 + colour."""
+    mirror: bool = True
+    """Half of the photographs are mirrored. Not for pictures of writing, or texts that say left and right."""
     erase: float = 0.25
     """Probability that a rectangle of a photograph is blanked."""
 
@@ -31,7 +33,9 @@ class AugmentOptions:
 class Augmenter:
     """Draws from one generator only, so that a run can be repeated and resumed exactly."""
 
-    def __init__(self, options: AugmentOptions, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator):
+    def __init__(
+        self, options: AugmentOptions, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator
+    ) -> None:
         self.options, self.generator = options, generator
         self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
 
@@ -41,7 +45,7 @@ class Augmenter:
         area, ratio = self._uniform(n, o.min_area, 1.0), torch.exp(self._uniform(n, math.log(0.75), math.log(4 / 3)))
         width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
         x, y = self._uniform(n, -1, 1) * (1 - width), self._uniform(n, -1, 1) * (1 - height)
-        mirror = (self._uniform(n, 0, 1) < 0.5).float() * 2 - 1
+        mirror = (self._uniform(n, 0, 1) < (0.5 if o.mirror else 2.0)).float() * 2 - 1
         out = self._warp(pictures.float() / 255, (width, height), (x, y), mirror, "reflection", size)
         out = self._recolour(out, o.colour)
         return self._normalise(self._erase(out, o.erase))
@@ -100,8 +104,9 @@ class Augmenter:
         n = len(pictures)
         angle = torch.randn(n, generator=self.generator) * (self.options.tilt if tilt is None else tilt)
         cos, sin, (width, height), (x, y) = angle.cos(), angle.sin(), extent, centre
-        rows = [torch.stack([width * mirror * cos, -width * sin, x], 1), torch.stack([height * mirror * sin, height * cos, y], 1)]
-        grid = F.affine_grid(torch.stack(rows, 1), [n, 1, size, size], align_corners=False)
+        across = torch.stack([width * mirror * cos, -width * sin, x], 1)
+        down = torch.stack([height * mirror * sin, height * cos, y], 1)
+        grid = F.affine_grid(torch.stack([across, down], 1), [n, 1, size, size], align_corners=False)
         return F.grid_sample(pictures, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
     def _recolour(self, pictures: Tensor, strength: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Draws batches: pictures augmented, texts tokenized, for both passes at once.
 
-The contrastive pass sees each distinct text of a batch once, however many pictures it belongs to (with class labels that
-is much cheaper, and repeated texts are positives by construction). The caption pass sees for each picture either its
-caption or a question with its answer; only what the model shall write counts in the loss.
+The contrastive pass sees each distinct text of a batch once, however many pictures it belongs to (with class labels
+that is much cheaper, and repeated texts are positives by construction). The caption pass sees for each picture either
+its caption or a question with its answer; only what the model shall write counts in the loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 SHORT = 16
-"""Tokens. Rows up to this length and longer ones are padded apart: one long caption must not lengthen the whole batch."""
+"""Tokens. Rows up to this length and longer ones are padded apart: one long caption must not lengthen the batch."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ class Batcher:
                 keys.append(forms[0])
                 texts.setdefault(forms[0], _pick(forms, by_match))
             ask = bool(pair.questions) and (by_kind < self.question_share or not pair.captions)
-            rows.append(self._asked(*_pick(pair.questions, by_text)) if ask else self._caption(_pick(pair.captions, by_text)))
+            rows.append(
+                self._asked(*_pick(pair.questions, by_text)) if ask else self._caption(_pick(pair.captions, by_text))
+            )
         sequences = tuple(self._padded(part, rows) for part in _by_length([len(ids) for ids, _ in rows]))
         written = [self._whole(text) for text in texts.values()]
         parts = _by_length([len(ids) for ids in written])
@@ -131,8 +133,11 @@ class Batcher:
         return self._cut([self.tokenizer.start_id, *self._ids(caption)]), 1
 
     def _asked(self, question: str, answer: str) -> tuple[list[int], int]:
-        prompt = [self.tokenizer.start_id, *self._ids(self.ask_form.format(question=question))]
-        return self._cut([*prompt, *self._ids(answer)]), min(len(prompt), self.context_length)
+        # An answer always has room: a question that is too long loses its beginning.
+        written = [*self._ids(answer)[: self.context_length // 2], self.tokenizer.end_id]
+        given = self._ids(self.ask_form.format(question=question))
+        prompt = [self.tokenizer.start_id, *given[-(self.context_length - len(written) - 1) :]]
+        return [*prompt, *written], len(prompt)
 
     def _whole(self, text: str) -> list[int]:
         return self._cut([self.tokenizer.start_id, *self._ids(text)])

@@ -1,12 +1,13 @@
 """Reads image-text pairs (WebDataset tars, or a folder with a JSON Lines file) into memory, ready to be drawn from.
 
-A small set is decoded once, to squares a little larger than the training size, as uint8: then an epoch costs no decoding.
-Cropping, colours and backgrounds are the business of augment.py. What a sample says is kept apart from how it is worded:
+A small set is decoded once, to squares a little larger than the training size, as uint8: an epoch costs no decoding.
+Cropping, colours and backgrounds are the business of augment.py. What a sample says is kept apart from its wording:
 `captions` are what the model shall write, `matches` other ways to name the same thing, `questions` what can be asked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 import webdataset
 from torch import Tensor
@@ -39,6 +41,8 @@ class Pair:
     """Texts for the contrastive pass, one drawn each time. Empty: the captions serve."""
     questions: tuple[tuple[str, str], ...] = ()
     """(question, answer)."""
+    credit: str = ""
+    """Whom to name when the picture is shown, and its licence."""
 
     def __post_init__(self) -> None:
         if not self.captions and not self.questions:
@@ -95,14 +99,16 @@ def read_tars(paths: Iterable[Path], to_pair: Callable[[str, bytes, dict[str, An
 
 
 def read_folder(folder: Path, index: str = "pairs.jsonl") -> Iterator[Pair]:
-    """Pairs from a folder with a JSON Lines file: {"file": ..., "caption": ...} or {"file", "question", "answer"} a line.
+    """Pairs from a folder with a JSON Lines file: {"file", "caption"} or {"file", "question", "answer"} a line.
 
     Raises:
         InputError: no such file, a line that is not such an object, a picture that is missing or outside the folder.
     """
     path = folder / index
     if not path.is_file():
-        raise InputError(f'{path}: no such file; expected one JSON object a line, such as {{"file": "a.jpg", "caption": "a cat"}}')
+        raise InputError(
+            f'{path}: no such file; expected one JSON object a line, such as {{"file": "a.jpg", "caption": "a cat"}}'
+        )
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -170,12 +176,12 @@ def decode(
             damaged.append(f"{pair.name}: {error}")
             warn(f"left out: {damaged[-1]}")
             continue
-        kept.append(Pair(pair.name, b"", pair.captions, pair.matches, pair.questions))
+        kept.append(dataclasses.replace(pair, data=b""))
         weights.append(share)
     if len(damaged) > max_damaged * len(given):
         raise InputError(
-            f"{name}: {len(damaged)} of {len(given)} pictures are unreadable, more than the {max_damaged:.1%} that may be; "
-            f"the first: {damaged[0]}"
+            f"{name}: {len(damaged)} of {len(given)} pictures are unreadable, more than the {max_damaged:.1%} that "
+            f"may be; the first: {damaged[0]}"
         )
     if not kept:
         raise InputError(f"{name}: holds no image-text pairs")
@@ -183,14 +189,23 @@ def decode(
     return Corpus(name, stacked, tuple(kept), weight, kind, torch.tensor(weights, dtype=torch.float64))
 
 
-def _square(pair: Pair, side: int, alpha: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read_drawing(data: bytes) -> npt.NDArray[np.uint8]:
+    """uint8[H, W, 4] RGBA of a PNG or WebP, opaque where it has no transparency. InputError as read_picture's.
+
+    The runtime's pictures leave out the transparency of palettes, which drawings are often stored with.
+    """
+    pixels = read_picture(data).rgb()  # names any damage
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if found is not None and found.ndim == 3 and found.shape[2] == 4 and found.dtype == np.uint8:
+        return np.ascontiguousarray(found[:, :, [2, 1, 0, 3]])
+    return np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+
+
+def _square(pair: Pair, side: int, alpha: bool) -> npt.NDArray[np.uint8]:
     """uint8[side, side, 3 or 4]."""
-    picture = read_picture(pair.data)
-    pixels = picture.pixels if alpha and picture.mode == "RGBA" else picture.rgb()
+    pixels = read_drawing(pair.data) if alpha else read_picture(pair.data).rgb()
     shrinks = max(pixels.shape[:2]) > side
     resized = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    if alpha and resized.shape[2] == 3:
-        resized = np.dstack([resized, np.full((side, side), 255, np.uint8)])
     return np.ascontiguousarray(resized)
 
 

@@ -1,8 +1,8 @@
-"""What the shipped demo model is trained and judged on: real photographs, drawings and plain shapes, and how they are worded.
+"""What the shipped demo model is trained and judged on: photographs, drawings and plain shapes, and their wording.
 
-Reads the data folder that is not part of a clone (see the model card for its sources and licences). The splits are fixed
-here: clothing by sender and flowers as the data says, photographs by key, and for every sixth emoji name the drawing of
-one vendor (blobmoji), so that "recognise one vendor's drawing from the other's" can be measured.
+Reads the data folder that is not part of a clone (see the model card for its sources and licences). The splits are
+fixed here: clothing by sender and flowers as the data says, photographs by key, and for every sixth emoji name the
+drawing of one vendor (blobmoji), so that "recognise one vendor's drawing from the other's" can be measured.
 
 Captions and matching texts of photographs are people's own words and the questions about shapes come with their data;
 everything else is worded here from labels by templates, and so is synthetic text about real pictures.
@@ -16,7 +16,6 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,6 @@ CLOTHING = {
 }
 """The data's labels and how the demo says them."""
 
-ZERO_SHOT = ("a photo of {}", "{}")
 PROMPTS = {"caption": "", "ask": "question: {question} answer:", "zero_shot": "a photo of {}"}
 
 
@@ -96,15 +94,6 @@ def demo_job(
     return Job(demo(vocab_size), tokenizer_json, RULE, PROMPTS, tuple(corpora), options, out)
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Pictures that are never trained on, with the caption each should get."""
-
-    corpora: dict[str, Corpus]
-    """"clothing", "flowers", "photos", "emoji" (one vendor's drawings of names whose other drawing was trained on) and
-    "shapes"."""
-
-
 def training_corpora(
     data: Path, side: int = DECODED_SIDE, warn: Callable[[str], None] = lambda message: None
 ) -> list[Corpus]:
@@ -114,7 +103,7 @@ def training_corpora(
         InputError: the folder is not the data folder (names what is missing), or its pictures are damaged.
     """
     check_folder(data)
-    flowers, clothing = (_labelled(data, kind, "train") for kind in ("flowers", "clothing"))
+    flowers, clothing = (labelled_pairs(data, kind, "train") for kind in ("flowers", "clothing"))
     emoji = [pair for pair in emoji_pairs(data) if not held_out_drawing(pair)]
     shapes = shape_pairs(data / "easy-vqa" / "train")
     return [
@@ -126,23 +115,31 @@ def training_corpora(
     ]
 
 
-def held_out(data: Path, side: int = DECODED_SIDE) -> HeldOut:
-    """The pictures the demo is judged on. Same errors as training_corpora."""
+def held_out(data: Path) -> dict[str, list[Pair]]:
+    """Pictures that are never trained on, with the caption each should get. Errors as training_corpora's.
+
+    "clothing", "flowers" and "photos" are photographs; "emoji" are one vendor's drawings of names whose other drawing
+    was trained on; "shapes" are easy-VQA's test pictures.
+    """
     check_folder(data)
-    groups = {
-        "clothing": _labelled(data, "clothing", "val"),
-        "flowers": _labelled(data, "flowers", "val"),
+    return {
+        "clothing": labelled_pairs(data, "clothing", "val"),
+        "flowers": labelled_pairs(data, "flowers", "val"),
         "photos": photo_pairs(data, "val"),
         "emoji": [pair for pair in emoji_pairs(data) if held_out_drawing(pair)],
         "shapes": shape_pairs(data / "easy-vqa" / "test"),
     }
-    kinds = {"emoji": "drawing", "shapes": "plain"}
-    return HeldOut({name: decode(name, pairs, side, kind=kinds.get(name, "photo")) for name, pairs in groups.items()})  # type: ignore[arg-type]
 
 
 def check_folder(data: Path) -> None:
     """Raise InputError unless `data` holds the sets the demo needs."""
-    wanted = ("pairs/clothing-000.tar", "pairs/flowers-000.tar", "pairs/photos-000.tar", "emoji/names.tsv", "easy-vqa/train")
+    wanted = (
+        "pairs/clothing-000.tar",
+        "pairs/flowers-000.tar",
+        "pairs/photos-000.tar",
+        "emoji/names.tsv",
+        "easy-vqa/train",
+    )
     missing = [name for name in wanted if not (data / name).exists()]
     if missing:
         raise InputError(f"{data}: expected the data folder of the demo recipe, but it has no {', '.join(missing)}")
@@ -159,7 +156,7 @@ def corpus_texts(corpora: Sequence[Corpus]) -> list[str]:
 
 
 def held_out_drawing(pair: Pair) -> bool:
-    """Whether this is a blobmoji drawing of the sixth of the names kept for judging. By name, not by chance or order."""
+    """Whether this is a blobmoji drawing of the sixth of the names kept for judging, chosen by a hash of the name."""
     return pair.name.startswith("blobmoji") and _hash(pair.captions[0]) % 6 == 0
 
 
@@ -178,7 +175,9 @@ def emoji_pairs(data: Path) -> list[Pair]:
         name = row["name"].replace("“", "").replace("”", "")
         questions = (("what is this?", name), ("what does the emoji show?", name), ("is this a drawing?", "yes"))
         forms = (f"an emoji of {name}", name, f"an emoji: {name}", f"a drawing of {name}")
-        pairs.append(Pair(f"{row['vendor']}/{row['file']}", path.read_bytes(), forms[:1], forms, questions))
+        pairs.append(
+            Pair(f"{row['vendor']}/{row['file']}", path.read_bytes(), forms[:1], forms, questions, "Apache-2.0")
+        )
     return pairs
 
 
@@ -190,7 +189,7 @@ def photo_pairs(data: Path, split: str) -> list[Pair]:
             return None
         caption = plain_caption(row["caption"])
         questions = (("is this a drawing?", "no"), ("what is this?", "a photo"))
-        return Pair(name, picture, (caption,), (caption,), questions)
+        return Pair(name, picture, (caption,), (caption,), questions, f"{row['credit']} CC BY 4.0".strip())
 
     return list(read_tars(sorted((data / "pairs").glob("photos-*.tar")), to_pair))
 
@@ -198,7 +197,9 @@ def photo_pairs(data: Path, split: str) -> list[Pair]:
 def plain_caption(caption: str) -> str:
     """The first sentence without "A photo shows": what is in the picture, in the space the model has."""
     first = re.split(r"(?<=[a-z\)”])\.\s", caption.strip())[0].rstrip(".[] ")
-    opening = r"(?i)^(this is |here is )?(an?|the|this) (color |black and white )?(photo|photograph|image|picture)(graph)? "
+    opening = (
+        r"(?i)^(this is |here is )?(an?|the|this) (color |black and white )?(photo|photograph|image|picture)(graph)? "
+    )
     return re.sub(opening + r"(shows|of|is|depicts|displays) ", "", first).strip() or first
 
 
@@ -237,7 +238,7 @@ def shape_name(asked: Sequence[tuple[str, str]]) -> str | None:
 _COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "brown", "teal")
 
 
-def _labelled(data: Path, kind: str, split: str) -> list[Pair]:
+def labelled_pairs(data: Path, kind: str, split: str) -> list[Pair]:
     """Clothing or flowers: worded by templates from the label."""
     names = FLOWERS if kind == "flowers" else CLOTHING
     subject = "flower" if kind == "flowers" else "clothing"
@@ -247,7 +248,8 @@ def _labelled(data: Path, kind: str, split: str) -> list[Pair]:
             return None
         thing = names[row["label"]]
         forms = (f"a photo of {thing}", thing, f"a picture of {thing}", re.sub("^an? ", "", thing))
-        return Pair(name, picture, forms[:1], forms, _questions(name, thing, subject, list(names.values())))
+        credit = f"Flickr photo {row['flickr_id']}, CC BY 2.0" if kind == "flowers" else "CC0 1.0"
+        return Pair(name, picture, forms[:1], forms, _questions(name, thing, subject, list(names.values())), credit)
 
     return list(read_tars(sorted((data / "pairs").glob(f"{kind}-*.tar")), to_pair))
 

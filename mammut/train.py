@@ -7,10 +7,8 @@ minutes and a run goes on from it exactly where it stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +104,7 @@ class TrainOptions:
 
 
 class Objective(nn.Module):
-    """The two losses of a batch. A module, so that one parameter can be replaced for a call (positions, see Trainer)."""
+    """The two losses of a batch. A module, so that a call can replace one parameter (positions, see Trainer)."""
 
     def __init__(self, model: Mammut, options: TrainOptions) -> None:
         super().__init__()
@@ -220,13 +218,14 @@ class Trainer:
         self.optimizer.zero_grad()
         with _fast_attention():
             loss.backward()
-        measured = torch.stack([contrastive.detach().float(), caption.detach().float(), torch.tensor(self._elapsed(began))])
+        losses = [contrastive.detach().float(), caption.detach().float()]
+        measured = torch.stack([*losses, torch.tensor(self._elapsed(began))])
         if self.crew is not None:
             measured = self._average_gradients(self.crew, measured)
         if not bool(torch.isfinite(measured).all()):
             raise MammutError(
-                f"step {self.step}: the loss is not finite (contrastive {measured[0]}, caption {measured[1]}); train again "
-                f"with a lower learning rate than {options.learning_rate} or --precision fp32"
+                f"step {self.step}: the loss is not finite (contrastive {measured[0]}, caption {measured[1]}); train "
+                f"again with a lower learning rate than {options.learning_rate} or --precision fp32"
             )
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
         self.optimizer.step()
@@ -278,7 +277,7 @@ class Trainer:
         }
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             torch.save(state, file)
-        os.replace(file.name, folder / STATE_FILE)
+        Path(file.name).replace(folder / STATE_FILE)
 
     def resume(self, folder: Path) -> None:
         """Go on from a saved state. Raises InputError where there is none or it does not fit the model."""
@@ -342,6 +341,8 @@ class Job:
     folder: Path
     """Gets training.pt, log.jsonl and, at the end, checkpoint/."""
     resume: bool = False
+    weights: dict[str, Tensor] | None = None
+    """To start from, instead of random ones."""
     report: Callable[[dict[str, Any]], None] | None = None
 
 
@@ -363,6 +364,8 @@ def _work(job: Job, crew: Crew | None) -> None:
     tokenizer = Tokenizer.from_bytes(job.tokenizer_json)
     torch.manual_seed(job.options.seed)  # all workers start from the same weights
     model = Mammut(job.config, pad_id=tokenizer.pad_id)
+    if job.weights is not None:
+        model.load_state_dict(job.weights)
     trainer = Trainer(model, tokenizer, job.rule, job.corpora, job.prompts["ask"], job.options, crew)
     if job.resume:
         trainer.resume(job.folder)
@@ -376,11 +379,6 @@ def write_checkpoint(
 ) -> None:
     """The averaged weights as a checkpoint, float16: half the bytes, and no measurable difference."""
     save_checkpoint(folder, trainer.averaged(), tokenizer_json, rule, prompts, dtype=torch.float16)
-
-
-def options_dict(options: TrainOptions) -> dict[str, Any]:
-    """For logs and model cards."""
-    return dataclasses.asdict(options)
 
 
 def _adamw(model: Mammut, options: TrainOptions) -> torch.optim.AdamW:
@@ -412,7 +410,7 @@ def _stochastic_depth(model: Mammut, rate: float, generator: torch.Generator) ->
 
 @contextmanager
 def _fast_attention() -> Iterator[None]:
-    """The plain attention: for our short sequences on a CPU its backward is several times faster than the fused one's."""
+    """The plain attention: for our short sequences on a CPU its backward is several times faster than the fused one."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 

@@ -61,8 +61,10 @@ def run_together(work: Callable[[J, Crew], None], job: J, size: int, length: int
     """
     context = torch.multiprocessing.get_context("spawn")
     barrier = context.Barrier(size)
-    shared = torch.zeros(2, size, length).share_memory_()
-    generators = torch.zeros(size, len(torch.Generator().get_state()), dtype=torch.uint8).share_memory_()
+    shared = torch.zeros(2, size, length)
+    generators = torch.zeros(size, len(torch.Generator().get_state()), dtype=torch.uint8)
+    for tensor in (shared, generators):
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
     crews = [Crew(rank, size, shared, generators, barrier) for rank in range(size)]
     others = [context.Process(target=_other, args=(work, job, crew), daemon=True) for crew in crews[1:]]
     for process in others:

@@ -109,6 +109,8 @@ class TraceableGraph:
     """In eval mode. Takes the inputs of `info` as positional arguments, returns its outputs as a tuple."""
     info: GraphInfo
     """The contract: names, dtypes, shapes."""
+    context_length: int
+    """Positions of the text decoder; the example must fit."""
 
     def example(self) -> tuple[Tensor, ...]:
         """Inputs of TRACED_SIZES, filled with zeros."""
@@ -122,15 +124,13 @@ class TraceableGraph:
 
     def _traced_size(self, dimension: str) -> int:
         """Smaller than usual for a model with few positions, where the usual example would not fit."""
-        context = self.module.model.config.text.context_length
-        assert isinstance(context, int)
         usual = TRACED_SIZES[dimension]
-        return min(usual, max(2, context // 2)) if dimension in ("past", "new", "length") else usual
+        return min(usual, max(2, self.context_length // 2)) if dimension in ("past", "new", "length") else usual
 
 
 def traceable(name: str, model: Mammut, info: GraphInfo) -> TraceableGraph:
     """The graph `name` (of GRAPHS) of a model in eval mode; info: its entry in the contract."""
-    return TraceableGraph(name, _MODULES[name](model).eval(), info)
+    return TraceableGraph(name, _MODULES[name](model).eval(), info, model.config.text.context_length)
 
 
 def unit_and_norm(raw: Tensor) -> tuple[Tensor, Tensor]:

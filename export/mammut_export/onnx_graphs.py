@@ -23,7 +23,7 @@ from mammut_runtime.errors import EngineError
 from mammut_runtime.manifest import GraphInfo, TensorInfo
 
 OPSET = 21
-"""The newest with block-wise quantization (for int4) and without the Attention operator, which not every engine takes."""
+"""The newest with blocked quantization (for int4) and without the Attention operator, which not every engine takes."""
 IR_VERSION = 10
 """Of the ONNX file format; the one that belongs to opset 21."""
 PRODUCER = "mammut-edge"
@@ -88,7 +88,7 @@ def graph_info(model: ir.Model, file: str) -> GraphInfo:
     )
 
 
-# --- tracing ------------------------------------------------------------------------------------------------------------
+# --- tracing --------------------------------------------------------------------------------------------------------
 
 
 def _dynamic_shapes(info: GraphInfo) -> tuple[object, ...]:
@@ -119,7 +119,7 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-# --- checking -----------------------------------------------------------------------------------------------------------
+# --- checking -------------------------------------------------------------------------------------------------------
 
 
 def _check_standard(model: ir.Model, name: str) -> None:
@@ -164,7 +164,7 @@ def _tensor_info(value: ir.Value) -> TensorInfo:
     return TensorInfo(str(value.name), _DTYPES[value.dtype], shape)  # type: ignore[arg-type]
 
 
-# --- tidying ------------------------------------------------------------------------------------------------------------
+# --- tidying --------------------------------------------------------------------------------------------------------
 
 
 def _name_values(model: ir.Model) -> None:
@@ -211,7 +211,11 @@ def _one_layout_per_matrix(model: ir.Model) -> None:
         matrix = node.inputs[1] if node.op_type == "Gemm" else None
         if matrix is None or matrix.const_value is None or not str(matrix.name).endswith(".weight"):
             continue
-        if node.attributes.get_int("transB", 0) != 1 or "embedding" in str(matrix.name) or len(list(matrix.uses())) != 1:
+        if (
+            node.attributes.get_int("transB", 0) != 1
+            or "embedding" in str(matrix.name)
+            or len(list(matrix.uses())) != 1
+        ):
             continue
         array = matrix.const_value.numpy().T.copy()
         name = f"{matrix.name}.T"

@@ -41,7 +41,8 @@ class WeightStore:
 
     def add(self, array: NDArray[Any]) -> tuple[int, int]:
         """Offset and length in bytes of the array's content, little-endian, in C order."""
-        data = memoryview(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)).cast("B")
+        little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
+        data = little.reshape(-1).view(np.uint8).data
         self.given_bytes += len(data)
         digest = hashlib.sha256(data).digest()
         if digest not in self._places:

@@ -1,7 +1,7 @@
 """Reads BMP files: header, palette and pixels, in plain numpy.
 
-OpenCV reads BMP too, but spreads 16-bit colours differently and hides the palette; uncompressed rows are simple enough to
-read here. Run-length compression and embedded JPEG are refused by name.
+OpenCV reads BMP too, but spreads 16-bit colours differently and hides the palette; uncompressed rows are simple
+enough to read here. Run-length compression and embedded JPEG are refused by name.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def check_bmp(data: bytes, name: str) -> None:
 
 
 def decode_bmp(data: bytes, layout: BmpLayout) -> U8:
-    """uint8[H, W] for modes 1 and L (values 0 to 255), uint8[H, W, 3] for P and RGB, uint8[H, W, 4] for RGBA; RGB order.
+    """The pixels of data that has passed `check_bmp`.
 
-    The data has passed `check_bmp`.
+    uint8[H, W] for modes 1 (0 or 255) and L, uint8[H, W, 3] for P and RGB, uint8[H, W, 4] for RGBA.
     """
     row_bytes = (layout.width * layout.bits + 7) // 8
     # the padding of the last row may be missing in the file
@@ -137,7 +137,7 @@ def decode_bmp(data: bytes, layout: BmpLayout) -> U8:
 
 
 def _indices(rows: U8, bits: int) -> U8:
-    """uint8[H, at least W]: the palette indices that are packed 8, 2 or 1 to a byte, first pixel in the highest bits."""
+    """uint8[H, at least W]: palette indices, of which 8, 2 or 1 share a byte, the first in the highest bits."""
     if bits == 8:
         return rows
     if bits == 4:
@@ -148,7 +148,9 @@ def _indices(rows: U8, bits: int) -> U8:
 def _high_color(values: npt.NDArray[np.uint16], green_bits: int) -> U8:
     """uint8[H, W, 3] from 5 bits of blue, `green_bits` of green and 5 bits of red."""
     fields = ((5 + green_bits, 31), (5, (1 << green_bits) - 1), (0, 31))
-    return np.stack([((values >> shift & mask).astype(np.uint32) * 255 // mask).astype(np.uint8) for shift, mask in fields], 2)
+    return np.stack(
+        [((values >> shift & mask).astype(np.uint32) * 255 // mask).astype(np.uint8) for shift, mask in fields], 2
+    )
 
 
 def palette_colors(palette: bytes) -> U8:

@@ -15,6 +15,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -188,9 +189,10 @@ def publish(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a new, hidden folder beside `out` to write a bundle into; when the block ends, check it, move it to `out`.
 
     out: is made together with its parent folders. It must not exist; with `overwrite` it may be a bundle, which is
-    replaced, or an empty folder. On any exception, Ctrl-C included, nothing stays behind and an old bundle is whole.
-    The new bundle is on the disk (fsync) before it gets its name. If the process is killed outright, a hidden folder
-    `.NAME.*.new` may stay, and, if that happens between the two renames of a replacement, the old bundle as
+    replaced, or an empty folder. On any exception, Ctrl-C included, nothing stays behind and an old bundle is whole,
+    except that an interruption in the very last moment finds the new one in place. The new bundle is on the disk
+    (fsync) before it gets its name. If the process is killed outright, a hidden folder `.NAME.*.new` may stay. Where
+    names cannot be exchanged in one step (not Linux), being killed between two renames may leave the old bundle as
     `.NAME.*.old`.
 
     Raises InputError if `out` cannot be written or replaced or the disk is full, BundleError if the block did not leave
@@ -198,8 +200,7 @@ def publish(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at `out` itself
     _check_replaceable(target, overwrite)
-    token = secrets.token_hex(4)
-    folder = target.with_name(f".{target.name}.{token}.new")
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
     parents = [parent for parent in target.parents if not parent.exists()]
     try:
         with _reported(target):
@@ -209,7 +210,7 @@ def publish(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         Bundle.open(folder)
         with _reported(target):
             _sync(folder)
-            _move_into_place(folder, target, overwrite, target.with_name(f".{target.name}.{token}.old"))
+            _move_into_place(folder, target, overwrite)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in parents:
@@ -266,13 +267,13 @@ def _stamp(status: os.stat_result) -> _Stamp:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _identity(path: str | Path) -> tuple[int, int] | None:
+def _identity(path: str | Path) -> _Stamp | None:
     """Which folder a path leads to now; another one after a publication."""
     try:
         status = Path(path).stat()
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino
+    return _stamp(status)  # the inode alone may be used again for a new folder
 
 
 def _reason(error: Exception) -> str:
@@ -340,25 +341,50 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _move_into_place(folder: Path, target: Path, overwrite: bool, aside: Path) -> None:
-    """Rename `folder` to `target`; an old bundle goes aside first, and comes back if that does not succeed."""
+def _move_into_place(folder: Path, target: Path, overwrite: bool) -> None:
+    """Give `folder` the name `target`; an old bundle there is removed once the new one is in its place."""
     _check_replaceable(target, overwrite)  # again: an export takes minutes
-    try:
-        if target.exists():
-            target.rename(aside)
+    if not target.exists():
         folder.rename(target)
         _sync_folder(target.parent)
+        return
+    if not _exchanged(folder, target):
+        _exchange_in_two_steps(folder, target)
+    _sync_folder(target.parent)
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise InputError(
+            f"{target}: the new bundle is published, but the old one could not be removed ({_reason(error)}); "
+            f"remove {folder} yourself"
+        ) from error
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two folders' names in one step, so that there is a bundle at any moment; False where that is not to be had.
+
+    Only Linux has it (renameat2), for most file systems; Python has no function for it.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes  # for those who publish; it is no small import for a device
+
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_working_folder, exchange = -100, 2
+    paths = (os.fsencode(one), at_working_folder, os.fsencode(other))
+    return renameat2 is not None and renameat2(at_working_folder, *paths, exchange) == 0
+
+
+def _exchange_in_two_steps(folder: Path, target: Path) -> None:
+    """The same by renaming; for a moment there is nothing at `target`."""
+    aside = folder.with_suffix(".old")
+    try:
+        target.rename(aside)
+        folder.rename(target)
+        aside.rename(folder)
     except BaseException:
-        if aside.exists():
-            if not folder.exists():
-                target.rename(folder)
+        if target.exists():  # whichever bundle it is: nothing was done yet, or all that matters
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
             aside.rename(target)
         raise
-    if aside.exists():
-        try:
-            shutil.rmtree(aside)
-        except OSError as error:
-            raise InputError(
-                f"{target}: the new bundle is published, but the old one could not be removed ({_reason(error)}); "
-                f"remove {aside} yourself"
-            ) from error

@@ -61,11 +61,14 @@ class Captioner:
         ]
 
     def stream(self, memory: Memory, options: CaptionOptions) -> Iterator[str]:
-        """The caption of one picture in pieces, as its tokens are chosen; joined they are its text."""
+        """The caption of one picture in pieces, as its tokens are chosen; joined they are its text. See `caption`."""
         prompt, stop, _ = self._plan(options)
+        return self._pieces(generation.stream(self._decoder([memory]), prompt, options, stop))
+
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         ids: list[int] = []
         shown = ""
-        for token in generation.stream(self._decoder([memory]), prompt, options, stop):
+        for token in tokens:
             ids.append(token)
             text = self._tokenizer.decode(ids)
             # a character may be spread over several tokens; until it is whole, decoding ends in U+FFFD
@@ -126,9 +129,12 @@ class Captioner:
 
         def next_logits(ids: NDArray[np.int64]) -> Floats:
             if ids.shape[1] > self._rule.context_length:
-                raise InputError(f"{ids.shape[1]} ids do not fit a decoder of {self._rule.context_length}; lower seq_len")
-            logits = whole.fork().feed(ids.reshape(len(memories), -1, ids.shape[1]))
-            return logits.reshape(len(ids), -1)
+                room = self._rule.context_length
+                raise InputError(f"{ids.shape[1]} ids do not fit a decoder of {room}; lower seq_len")
+            by_picture = ids.reshape(len(memories), -1, ids.shape[1])
+            decoder = whole.fork()
+            decoder.select(np.zeros(by_picture.shape[:2], np.int64))
+            return decoder.feed(by_picture).reshape(len(ids), -1)
 
         options = options.with_ids(self._rule.start_id, self._rule.end_id, self._rule.pad_id)
         return generation_openmammut.generate(next_logits, len(memories), options, text, self._rule.pad_id)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -21,12 +22,11 @@ from mammut_runtime.engines import EngineOptions
 from mammut_runtime.errors import BundleError, InputError
 from mammut_runtime.model import Model, Seen
 from mammut_runtime.pictures import Picture, read_picture
+from mammut_runtime.search import PICTURE_SUFFIXES
 
 BUNDLE_VARIABLE = "MAMMUT_BUNDLE"
 DEFAULT_BUNDLE = Path("build/demo-bundle")
 """Where `make demo` leaves its bundle, seen from the checkout."""
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""What is taken from a folder. A file that is named itself may be called anything."""
 Function = Callable[..., Any]
 
 
@@ -36,6 +36,7 @@ class ModelSettings:
 
     bundle: Path
     engine: EngineOptions
+    preprocess: Literal["exact", "fast"] = "exact"
 
     def load(self) -> Model:
         """The model, its hashes checked. Raises BundleError that says how to get a bundle, if there is none."""
@@ -44,7 +45,7 @@ class ModelSettings:
                 f"{self.bundle}: no such bundle; give one with --bundle DIR or {BUNDLE_VARIABLE}, or make one with "
                 f"`make demo` or mammut-export"
             )
-        return Model.load(self.bundle, self.engine)
+        return Model.load(self.bundle, self.engine, preprocess=self.preprocess)
 
 
 def model_options(command: Function) -> Function:
@@ -67,6 +68,12 @@ def model_options(command: Function) -> Function:
     )
     @click.option("--spinning", is_flag=True, help="Idle threads wait in a busy loop: a little faster, costs a core.")
     @click.option("--memory-arena", is_flag=True, help="Keep freed memory for the next call; it never shrinks.")
+    @click.option(
+        "--preprocess",
+        type=click.Choice(["exact", "fast"]),
+        default="exact",
+        help="fast: large pictures are halved by a box filter first; close to exact, not equal. Default: exact.",
+    )
     @click.option("--low-memory", is_flag=True, help="No second, faster copy of the weights.")
     @functools.wraps(command)
     def with_settings(
@@ -76,6 +83,7 @@ def model_options(command: Function) -> Function:
         providers: tuple[str, ...],
         spinning: bool,
         memory_arena: bool,
+        preprocess: Literal["exact", "fast"],
         low_memory: bool,
         **rest: Any,
     ) -> Any:
@@ -86,7 +94,7 @@ def model_options(command: Function) -> Function:
             prepack=not low_memory,
             providers=providers or EngineOptions().providers,
         )
-        return command(ModelSettings(bundle, engine), **rest)
+        return command(ModelSettings(bundle, engine, preprocess), **rest)
 
     return with_settings
 
@@ -98,7 +106,7 @@ def json_option(command: Function) -> Function:
 
 def picture_options(command: Function) -> Function:
     """Add PICTURES, --batch-size, --annotate and --json."""
-    decorators = (
+    decorators: tuple[Function, ...] = (
         click.argument("pictures", nargs=-1, required=True, metavar="PICTURES..."),
         click.option(
             "--batch-size",
@@ -114,7 +122,9 @@ def picture_options(command: Function) -> Function:
         ),
         json_option,
     )
-    return functools.reduce(lambda wrapped, decorator: decorator(wrapped), reversed(decorators), command)
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
 
 
 def text_list(value: str, name: str) -> list[str]:
@@ -140,7 +150,7 @@ def picture_paths(given: Sequence[str]) -> Iterator[Path]:
     for each in given:
         path = Path(each)
         if each == "-":
-            for line in click.get_binary_stream("stdin"):
+            for line in sys.stdin.buffer:
                 if name := line.rstrip(b"\r\n"):
                     yield Path(os.fsdecode(name))
         elif path.is_dir():
@@ -170,48 +180,72 @@ class Shown:
     seen: Seen
 
 
-@dataclass
 class PictureRun:
     """One run over pictures: what came out, what failed, and the bar that shows it."""
 
-    model: Model
-    progress: console.Progress
-    as_json: bool
-    annotate_in: Path | None
-    failed: int = 0
-    _written: set[Path] = field(default_factory=set)
+    def __init__(self, model: Model, given: Sequence[str], label: str, as_json: bool, annotate_in: Path | None) -> None:
+        """given: PICTURES as the user gave them. Raises InputError for a folder without pictures."""
+        self.model, self.as_json = model, as_json
+        self._paths: Iterable[Path] = picture_paths(given)
+        if "-" not in given:
+            self._paths = list(self._paths)
+        self.progress = console.Progress(label, len(self._paths) if isinstance(self._paths, list) else None)
+        self._annotate_in = annotate_in
+        self._written: set[Path] = set()
+        self._notices: set[str] = set()
+        self._failed = 0
 
-    def shown(self, given: Sequence[str], batch_size: int) -> Iterator[list[Shown]]:
-        """Read and encode the pictures, up to batch_size together."""
+    def shown(self, batch_size: int) -> Iterator[list[Shown]]:
+        """Read and encode the pictures, up to batch_size together. Those that cannot be used are reported."""
         waiting: list[tuple[Path, Picture]] = []
-        for path in picture_paths(given):
+        for path in self._paths:
             try:
                 waiting.append((path, read_picture(path)))
             except (InputError, OSError) as problem:
-                self.failure(path, problem)
+                self._failure(path, problem)
             if len(waiting) == batch_size:
                 yield self._encoded(waiting)
                 waiting = []
-        if waiting:
-            yield self._encoded(waiting)
+        yield self._encoded(waiting)
 
     def _encoded(self, pictures: list[tuple[Path, Picture]]) -> list[Shown]:
-        encoded = self.model.encode_batch([picture for _, picture in pictures])
-        return [Shown(path, picture, seen) for (path, picture), seen in zip(pictures, encoded, strict=True)]
+        try:
+            seen = self.model.encode_batch([picture for _, picture in pictures], batch_size=len(pictures) or 1)
+            return [Shown(*each, one) for each, one in zip(pictures, seen, strict=True)]
+        except InputError as problem:  # one that can be read but not be used: find out which
+            if len(pictures) > 1:
+                return [shown for each in pictures for shown in self._encoded([each])]
+            self._failure(pictures[0][0], problem)
+            return []
 
-    def result(self, shown: Shown, value: dict[str, Any], text: str, annotation: Sequence[str]) -> None:
-        """Show one result: `value` with --json, otherwise `text`; `annotation` goes onto the picture."""
+    def line(self, shown: Shown, value: Mapping[str, Any], text: str) -> None:
+        """Show a result on stdout: `value` as JSON, or `text`; its notices go to stderr, each once."""
         if self.as_json:
             self.progress.print(console.json_line({"path": str(shown.path), **value}))
-        else:
-            self.progress.print(console.printable(f"{shown.path}: {text}"))
-        if self.annotate_in is not None:
-            write_picture(self._free_name(shown.path), annotate(shown.picture.rgb(), annotation))
+            return
+        self.progress.print(console.printable(f"{shown.path}: {text}"))
+        for notice in value.get("notices", ()):
+            if notice not in self._notices:
+                self._notices.add(notice)
+                self.progress.clear()
+                console.note(f"note: {notice}")
+
+    def finish(self, shown: Shown, annotation: Sequence[str]) -> None:
+        """Done with a picture; `annotation` are the lines for its annotated copy."""
+        if self._annotate_in is not None:
+            self._annotate_in.mkdir(parents=True, exist_ok=True)
+            target = self._free_name(self._annotate_in, shown.path)
+            write_picture(target, annotate(shown.picture.rgb(), annotation))
         self.progress.advance()
 
-    def failure(self, path: Path, problem: Exception) -> None:
-        """Report a picture that cannot be used."""
-        self.failed += 1
+    def exit_code(self) -> int:
+        """0, or 2 after a note if pictures failed."""
+        if self._failed:
+            console.note(f"{self._failed} of {self.progress.done} pictures could not be used")
+        return console.EXIT_USAGE if self._failed else 0
+
+    def _failure(self, path: Path, problem: Exception) -> None:
+        self._failed += 1
         message = console.error_line(problem)
         self.progress.clear()
         console.note(f"error: {message}")
@@ -219,18 +253,10 @@ class PictureRun:
             self.progress.print(console.json_line({"path": str(path), "error": message}))
         self.progress.advance()
 
-    def exit_code(self) -> int:
-        """0, or 2 after a note if pictures failed."""
-        if self.failed:
-            console.note(f"{self.failed} of {self.progress.done} pictures could not be used")
-        return console.EXIT_USAGE if self.failed else 0
-
-    def _free_name(self, path: Path) -> Path:
-        """The annotated picture's file; pictures of the same name in different folders get -2, -3, ..."""
-        assert self.annotate_in is not None
-        self.annotate_in.mkdir(parents=True, exist_ok=True)
+    def _free_name(self, folder: Path, path: Path) -> Path:
+        """The annotated copy's file; pictures of the same name from different folders get -2, -3, ..."""
         number = 1
-        while (target := self.annotate_in / f"{path.stem}{f'-{number}' if number > 1 else ''}.png") in self._written:
+        while (target := folder / f"{path.stem}{f'-{number}' if number > 1 else ''}.png") in self._written:
             number += 1
         self._written.add(target)
         return target

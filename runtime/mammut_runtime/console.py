@@ -38,6 +38,9 @@ EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
+_HELP_WANTED: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What click >= 8.2 raises for a group without a subcommand; older ones print the help themselves."""
+
 DEBUG_VARIABLE = "MAMMUT_DEBUG"
 """Set to 1, a failing command also prints its traceback."""
 
@@ -61,6 +64,11 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return _leave_broken_pipe()
+    except click.UsageError as problem:
+        if problem.ctx is not None and isinstance(problem, _HELP_WANTED):
+            click.echo(problem.ctx.get_help(), err=True)
+            return EXIT_USAGE
+        return _report(problem)
     except Exception as problem:
         return _report(problem)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0

@@ -112,9 +112,14 @@ class Report:
     bundles: tuple[BundleReport, ...]
 
     @property
+    def software(self) -> list[LibraryReport | EngineReport]:
+        """Libraries and engines."""
+        return [*self.libraries, *self.engines]
+
+    @property
     def exit_code(self) -> int:
         """0 if all that is needed is there and every bundle works; otherwise the worst of what was found."""
-        broken = any(each.problem for each in (*self.libraries, *self.engines))
+        broken = any(each.problem for each in self.software)
         return max([2 * broken, *(each.exit_code for each in self.bundles)])
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mammut_runtime.probabilities import best, log_softmax, softmax
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+
 @dataclass(frozen=True)
 class StopRule:
     """When a text ends."""
@@ -86,9 +87,8 @@ def stream(decoder: CachedDecoder, prompt: Sequence[int], options: CaptionOption
         raise InputError(f"beam search chooses at the end, so it cannot stream; use beams=1, got {options.beams}")
     if decoder.pictures != 1:
         raise InputError(f"streaming is for one picture, got {decoder.pictures}")
-    for (row,) in _steps(decoder, prompt, options, stop):
-        if not row.finished:
-            yield row.ids[-1]
+    steps = _steps(decoder, prompt, options, stop)
+    return (row.ids[-1] for (row,) in steps if not row.finished)
 
 
 # ---- filters: rewrite the log-probabilities [V] of one sequence in place, given its new ids ----
@@ -283,8 +283,9 @@ class _Search:
         otherwise, which would mean searching to max_tokens nearly every time."""
         if len(self._closed) < self._width:
             return False
-        attainable = max(beam.total for beam in self.beams) / length**self._penalty
-        return min(score for score, _ in self._closed) >= attainable
+        attainable: float = max(beam.total for beam in self.beams) / length**self._penalty
+        worst = min(score for score, _ in self._closed)
+        return worst >= attainable
 
 
 def beam_search(

@@ -129,7 +129,7 @@ class TextRule:
     context_length: Annotated[int, Between(2, 8192)]
     """Longest sequence the model has positions for, tokens, start and end counted."""
     max_tokens: Annotated[int, Between(1, 8192)]
-    """Longest caption this bundle was made and checked for, tokens; at most context_length."""
+    """Longest caption this bundle was made and checked for, new tokens, the end counted; at most context_length."""
     text_length: Annotated[int, Between(2, 8192)] | None
     """Texts for the `text` graph are padded to this length; null: any length will do."""
     pad_id: TokenId
@@ -137,9 +137,9 @@ class TextRule:
     end_id: TokenId
     mask_pads: bool
     """Whether the `text` graph leaves pads out (ids equal to pad_id). If not, text_length is a number."""
-    prompts: Annotated[dict[str, Prompt], Length(1, 16)]
+    prompts: Annotated[dict[str, Prompt], Length(0, 16)]
     """Task → form. caption: what a caption begins with. ask: holds {question} once. zero_shot: templates, one a line,
-    each holding {} once."""
+    each holding {} once. A task that is left out has "", "{question}", "{}"."""
     cleaning: Literal["clip"] = "clip"
     """What is done to a text before the tokenizer. clip: ftfy, HTML entities, white space, lower case."""
 
@@ -185,7 +185,8 @@ class Canary:
     seed: Annotated[int, Between(0, 2**32 - 1)]
     """Of the canary picture."""
     ids: Annotated[tuple[TokenId, ...], Length(0, 8192)]
-    """A text for the `text` graph, as ids, start and end included; empty in a bundle without that graph."""
+    """A text as the row that goes into the `text` graph: start, ids, end, and pads up to text_length where that is a
+    number. Empty in a bundle without that graph."""
     embedding: Annotated[tuple[Component, ...], Length(0, 16_384)]
     """Expected embedding of the picture, E components; empty in a bundle without `vision`."""
     text_embedding: Annotated[tuple[Component, ...], Length(0, 16_384)]
@@ -268,9 +269,10 @@ class Manifest:
             expected = size if graph in self.graphs else 0
             if found != expected:
                 yield f"canary.{key}: expected {expected} components (graphs and model.embed_dim say so), got {found}"
-        longest = (self.text.text_length or self.text.context_length) if "text" in self.graphs else 0
-        if not min(1, longest) <= len(canary.ids) <= longest:
-            yield f"canary.ids: expected {min(1, longest)} to {longest} ids, got {len(canary.ids)}"
+        lengths = (self.text.text_length or 1, self.text.text_length or self.text.context_length)
+        shortest, longest = lengths if "text" in self.graphs else (0, 0)
+        if not shortest <= len(canary.ids) <= longest:
+            yield f"canary.ids: expected {shortest} to {longest} ids, got {len(canary.ids)}"
         longest = self.text.max_tokens if "decoder" in self.graphs else 0
         if len(canary.caption_ids) > longest:
             yield f"canary.caption_ids: expected at most {longest} ids, got {len(canary.caption_ids)}"
@@ -301,6 +303,7 @@ def graph_contract(model: ModelInfo, image_size: int) -> dict[str, GraphInfo]:
 
     tokens = floats("tokens", "batch", model.image_tokens, model.vision_width)
     embedding = floats("embedding", "batch", model.embed_dim)
+    norm = floats("norm", "batch")
     cross = caches("cross", model.cross_layers, "batch", heads, model.image_tokens, width)
     past = caches("past", model.text_layers, "batch", "beams", heads, "past", width)
     present = caches("present", model.text_layers, "batch", "beams", heads, "past+new", width)
@@ -309,8 +312,8 @@ def graph_contract(model: ModelInfo, image_size: int) -> dict[str, GraphInfo]:
     new_ids = TensorInfo("ids", "int64", ("batch", "beams", "new"))
     logits = floats("logits", "batch", "beams", model.vocab_size)
     return {
-        "vision": GraphInfo("vision.onnx", (pixels,), (tokens, embedding)),
-        "text": GraphInfo("text.onnx", (ids,), (embedding,)),
+        "vision": GraphInfo("vision.onnx", (pixels,), (tokens, embedding, norm)),
+        "text": GraphInfo("text.onnx", (ids,), (embedding, norm)),
         "memory": GraphInfo("memory.onnx", (tokens,), tuple(cross)),
         "decoder": GraphInfo("decoder.onnx", (new_ids, *past, *cross), (logits, *present)),
     }

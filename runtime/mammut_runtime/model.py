@@ -155,7 +155,7 @@ class Model:
     def generate_openmammut(
         self, seen: Sequence[Seen], options: OpenMammutOptions | None = None, text: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
-        """The public openMaMMUT `generate()`, ids int64[B, width] with start, end and pads (generation_openmammut.py)."""
+        """The public openMaMMUT `generate()`, ids int64[B, width] with start, end and pads."""
         return self.captioner.openmammut(self._memories(seen), options or OpenMammutOptions(), text)
 
     def see(self, tokens: Floats, embedding: Floats) -> Seen:
@@ -209,7 +209,7 @@ class Model:
         with self._lock:
             if self._tokenizer is None:
                 if TOKENIZER_FILE not in self.manifest.files:
-                    raise BundleError(f"{self.bundle.path} has no {TOKENIZER_FILE}; export it with a task that uses texts")
+                    raise BundleError(f"{self.bundle.path} has no {TOKENIZER_FILE}; export it with a task for texts")
                 self._tokenizer = Tokenizer.from_bytes(self.bundle.read(TOKENIZER_FILE), TOKENIZER_FILE)
             return self._tokenizer
 
@@ -275,7 +275,7 @@ class Seen:
         return self.model.caption_batch([self], options)[0]
 
     def caption_stream(self, options: CaptionOptions | None = None) -> Iterator[str]:
-        """The caption in pieces, as they are chosen: greedy, or sampled if the options say so. Joined they are its text.
+        """The caption in pieces, as they are chosen: greedy, or sampled if the options say so. Joined: its text.
 
         Raises InputError for options.beams above 1.
         """
@@ -310,8 +310,8 @@ class Seen:
     ) -> Matches:
         """How well texts fit the picture, best first.
 
-        texts: texts, or what Model.classifier made of class names. negatives: texts that stand for "none of these"; they
-        take their share of the probability, and win when they fit better. templates: make prompts of `texts` and
+        texts: texts, or what Model.classifier made of class names. negatives: texts that stand for "none of these";
+        they take their share of the probability, and win when they fit better. templates: make prompts of `texts` and
         `negatives` first (Model.templates are the bundle's own). Raises InputError for empty texts.
         """
         if isinstance(texts, Classifier):

@@ -139,6 +139,8 @@ def _fields(message: memoryview, where: str) -> Iterator[tuple[int, memoryview]]
 
 def _varint(message: memoryview, position: int, where: str) -> tuple[int, int]:
     """The number that begins at `position`, and the position after it."""
+    if position < len(message) and (byte := message[position]) < 0x80:  # nearly all are this short
+        return byte, position + 1
     result = 0
     for index, byte in enumerate(message[position : position + 10]):
         result |= (byte & 0x7F) << (7 * index)

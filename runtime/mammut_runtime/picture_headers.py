@@ -1,8 +1,8 @@
 """What a picture file says about itself, read before a single pixel is decoded.
 
-A few bytes can claim 60000 x 60000 pixels, so the size is known and judged before a decoder may allocate anything. The
-mode is the name Pillow 12.3 gives the same file, because the preprocess depends on it. `check_complete` finds files that
-were cut short, which decoders differ about.
+A few bytes can claim 60000 x 60000 pixels, so the size is known and judged before a decoder may allocate anything.
+The mode is the name Pillow 12.3 gives the same file, because the preprocess depends on it. `check_complete` finds
+files that were cut short, which decoders differ about.
 
 Every reader here takes bytes from strangers: only InputError comes out. Decoding is in `pictures`.
 """
@@ -101,7 +101,7 @@ def _guess(data: bytes) -> str:
     return f"a file that begins with {data[:8].hex(' ')}"
 
 
-# --- PNG ---------------------------------------------------------------------------------------------------------------
+# --- PNG ------------------------------------------------------------------------------------------------------------
 
 _PNG_MODES = {
     (1, 0): "1",
@@ -149,8 +149,10 @@ def _read_png(data: bytes, name: str) -> PictureHeader:
 
 def _check_png(data: bytes, name: str) -> None:
     """Every chunk that carries pixels is whole, its checksum holds, and the end mark is there."""
-    kinds = set()
+    kinds: set[bytes] = set()
     for chunk in png_chunks(data):
+        if chunk.kind == b"IHDR" and kinds:
+            raise damaged(name, "this PNG has two headers")
         kinds.add(chunk.kind)
         if chunk.end + 4 > len(data):
             break
@@ -166,21 +168,20 @@ def _check_png(data: bytes, name: str) -> None:
     raise cut_short(name, "the end mark of a PNG is missing")
 
 
-# --- JPEG --------------------------------------------------------------------------------------------------------------
+# --- JPEG -----------------------------------------------------------------------------------------------------------
 
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_BARE_MARKERS = frozenset({0x01, 0xD8, *range(0xD0, 0xD8)})
+_BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
-_MARKER_AFTER_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, body start, body end) up to the end of the picture or of the data; coded pixels are skipped over."""
-    position, pattern = 2, _MARKER
-    while match := pattern.search(data, position):
-        marker, position, pattern = match[1][0], match.end(), _MARKER
+    """(marker, body start, body end) of the segments before the pixels; the last is the start of scan or the end mark."""
+    position = 2
+    while match := _MARKER.search(data, position):
+        marker, position = match[1][0], match.end()
         if marker in _BARE_MARKERS:
             continue
         if marker == _END_OF_IMAGE:
@@ -188,10 +189,10 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             return
         (length,) = struct.unpack_from(">H", data, position)
         yield marker, position + 2, position + length
+        if marker == _START_OF_SCAN:
+            return
         # a length below 2 is damage; step over it so that the walk always moves on
         position += max(length, 2)
-        if marker == _START_OF_SCAN:
-            pattern = _MARKER_AFTER_SCAN
 
 
 def _read_jpeg(data: bytes, name: str) -> PictureHeader:
@@ -204,10 +205,8 @@ def _read_jpeg(data: bytes, name: str) -> PictureHeader:
             frame = struct.unpack_from(">BHHB", data, start)
         elif marker == 0xE1 and not orientation and data[start : start + 6] == b"Exif\0\0":
             orientation = exif_orientation(data[start + 6 : end])
-        elif marker in (_START_OF_SCAN, _END_OF_IMAGE):
+        elif marker == _START_OF_SCAN:
             break
-    else:
-        raise cut_short(name, "it ends before its pixels begin")
     if frame is None:
         raise damaged(name, "this JPEG has no frame header")
     bits, height, width, layers = frame
@@ -217,11 +216,13 @@ def _read_jpeg(data: bytes, name: str) -> PictureHeader:
 
 
 def _check_jpeg(data: bytes, name: str) -> None:
-    if not any(marker == _END_OF_IMAGE for marker, _, _ in _jpeg_segments(data)):
+    """The end mark follows. Inside coded pixels 0xFF is always followed by 0 or a restart mark, so it is no accident."""
+    pixels = next((end for marker, _, end in _jpeg_segments(data) if marker == _START_OF_SCAN), len(data))
+    if data.find(b"\xff\xd9", pixels) < 0:
         raise cut_short(name, "the end mark of a JPEG is missing")
 
 
-# --- WebP --------------------------------------------------------------------------------------------------------------
+# --- WebP -----------------------------------------------------------------------------------------------------------
 
 
 def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -277,7 +278,7 @@ def _check_webp(data: bytes, name: str) -> None:
         raise cut_short(name, f"{8 + length} bytes were announced and {len(data)} came")
 
 
-# --- all ---------------------------------------------------------------------------------------------------------------
+# --- all ------------------------------------------------------------------------------------------------------------
 
 _CHECKS = {"PNG": _check_png, "JPEG": _check_jpeg, "WebP": _check_webp, "BMP": check_bmp}
 

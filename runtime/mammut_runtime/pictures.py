@@ -37,14 +37,15 @@ class Picture:
     """A decoded picture, in the mode it was stored in."""
 
     pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-    """uint8[H, W] for modes 1 (0 or 255) and L; uint8[H, W, 2] grey and alpha for LA; uint8[H, W, 3] for RGB, P (through
-    its palette) and CMYK (as OpenCV converts it); uint8[H, W, 4] for RGBA, alpha not multiplied in; uint16[H, W] for I;16."""
+    """uint8[H, W] for modes 1 (0 or 255) and L; uint8[H, W, 2] grey and alpha for LA; uint8[H, W, 3] for RGB, P
+    (through its palette) and CMYK (as OpenCV converts it); uint8[H, W, 4] for RGBA, alpha not multiplied in;
+    uint16[H, W] for I;16."""
     mode: str
     """"1", "L", "LA", "P", "RGB", "RGBA", "I;16" or "CMYK", as Pillow names it."""
     name: str
     """Path of the file, for messages."""
     palette: U8 | None = None
-    """uint8[256, 3] for mode P, else None. Only padding needs it: Pillow pads palette pictures with an entry's number."""
+    """uint8[256, 3] for mode P, else None. Only padding reads it: Pillow pads palette pictures by entry number."""
 
     def rgb(self) -> U8:
         """uint8[H, W, 3] at full size, as Pillow's convert("RGB"): alpha is dropped, 16-bit grey clips at 255."""
@@ -74,10 +75,10 @@ def read_picture(
 ) -> Picture:
     """Read a PNG, JPEG, WebP or BMP; of an animation the first frame.
 
-    source: a path, or the bytes of a file (then `name` stands for it in messages). upright: turn the picture as its EXIF
-    orientation says; False leaves it as it is stored, which is what the public preprocess does. max_pixels: refuse larger
-    pictures from their header, before decoding. CMYK is converted by OpenCV, up to 3 levels of 255 from Pillow.
-    Raises InputError when the file is missing, empty, too large, not a picture, cut short or damaged.
+    source: a path, or the bytes of a file (then `name` stands for it in messages). upright: turn the picture as its
+    EXIF orientation says; False leaves it as it is stored, which is what the public preprocess does. max_pixels:
+    refuse larger pictures from their header, before decoding. CMYK is converted by OpenCV, up to 3 levels of 255 from
+    Pillow. Raises InputError when the file is missing, empty, too large, not a picture, cut short or damaged.
     """
     data, name = (source, name) if isinstance(source, bytes) else (_read_file(Path(source), max_pixels), str(source))
     header = read_header(data, name)
@@ -93,12 +94,14 @@ def _read_file(path: Path, max_pixels: int) -> bytes:
         if not path.exists():
             raise InputError(f"{path}: no such file; check the path")
         if not path.is_file():
-            raise InputError(f"{path}: expected a picture file, got {'a folder' if path.is_dir() else 'something else'}")
+            raise InputError(
+                f"{path}: expected a picture file, got {'a folder' if path.is_dir() else 'something else'}"
+            )
         size, limit = path.stat().st_size, max_pixels * _MOST_BYTES_PER_PIXEL + _SPARE_BYTES
         if size > limit:
             raise InputError(
-                f"{path}: {size / 1e6:,.0f} MB is too large for a picture of at most {max_pixels / 1e6:,.0f} million pixels"
-                f" (limit {limit / 1e6:,.0f} MB); shrink it, or raise max_pixels"
+                f"{path}: {size / 1e6:,.0f} MB, expected at most {limit / 1e6:,.0f} MB for a picture of "
+                f"{max_pixels:,} pixels; shrink it, or raise max_pixels"
             )
         return path.read_bytes()
     except (OSError, ValueError) as error:
@@ -114,7 +117,9 @@ def check_size(header: PictureHeader, max_pixels: int, name: str) -> None:
             f"{max_pixels / 1e6:,.1f} million; shrink the picture, or raise max_pixels"
         )
     if max(width, height) > MAX_SIDE:
-        raise InputError(f"{name}: {width:,} x {height:,} pixels, expected sides of at most {MAX_SIDE:,}; cut it into parts")
+        raise InputError(
+            f"{name}: {width:,} x {height:,} pixels, expected sides of at most {MAX_SIDE:,}; cut it into parts"
+        )
 
 
 def _decode(data: bytes, header: PictureHeader, name: str) -> tuple[Any, U8 | None]:
@@ -124,8 +129,9 @@ def _decode(data: bytes, header: PictureHeader, name: str) -> tuple[Any, U8 | No
         palette = palette_colors(layout.palette)[:, ::-1] if header.mode == "P" else None
         return decode_bmp(data, layout), palette
     if header.format == "PNG":
-        bare, colors = _pixels_only(data)
-        return _in_mode(_opencv(bare, cv2.IMREAD_UNCHANGED, header, name), header.mode), colors
+        bare, palette = _pixels_only(data)
+        pixels = _in_mode(_opencv(bare, cv2.IMREAD_UNCHANGED, header, name), header.mode)
+        return pixels, palette if header.mode == "P" else None
     flags = cv2.IMREAD_UNCHANGED
     if header.format == "JPEG":
         flags = cv2.IMREAD_IGNORE_ORIENTATION | (cv2.IMREAD_GRAYSCALE if header.mode == "L" else cv2.IMREAD_COLOR)
@@ -141,18 +147,16 @@ def _opencv(data: bytes, flags: int, header: PictureHeader, name: str) -> Any:
     if pixels is None:
         raise damaged(name, f"the pixels of this {header.format} cannot be decoded")
     if pixels.shape[:2] != (header.height, header.width):
-        raise damaged(
-            name, f"this {header.format} announces {header.width} x {header.height} pixels and holds "
-            f"{pixels.shape[1]} x {pixels.shape[0]}"
-        )  # fmt: skip
+        announced, held = f"{header.width} x {header.height}", f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise damaged(name, f"this {header.format} announces {announced} pixels and holds {held}")
     return pixels
 
 
 def _pixels_only(data: bytes) -> tuple[bytes, U8 | None]:
     """A PNG of the chunks that make its pixels, and its palette.
 
-    Transparency of palette and single colours is left out, as Pillow ignores it here; animation frames too. Decoders warn
-    on the terminal about odd colour profiles and notes: they never see them.
+    Transparency of palette and single colours is left out, as Pillow ignores it here; animation frames too. Decoders
+    warn on the terminal about odd colour profiles and notes: they never see them.
     """
     kept, palette = [PNG_START], None
     for chunk in png_chunks(data):
@@ -165,11 +169,9 @@ def _pixels_only(data: bytes) -> tuple[bytes, U8 | None]:
 
 def _in_mode(pixels: Any, mode: str) -> Any:
     """OpenCV's grey, BGR or BGRA in 8 or 16 bits, as the mode has it."""
-    if mode == "I;16":
-        return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[:, :, 0])
-    if pixels.dtype == np.uint16:
+    if pixels.dtype == np.uint16 and mode != "I;16":
         pixels = (pixels >> 8).astype(np.uint8)
-    if mode in ("1", "L"):
+    if mode in ("1", "L", "I;16"):
         return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[:, :, 0])
     if mode == "LA":
         return np.ascontiguousarray(pixels[:, :, [0, 3]])
@@ -181,7 +183,7 @@ def _in_mode(pixels: Any, mode: str) -> Any:
 
 
 def _turned(pixels: Any, orientation: int) -> Any:
-    """The pixels as the EXIF orientation wants them seen: 5 to 8 swap the axes first, then rows and columns are mirrored."""
+    """The pixels as the EXIF orientation wants them seen: 5 to 8 swap the axes, then rows and columns are mirrored."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

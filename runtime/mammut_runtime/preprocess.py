@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from mammut_runtime import strict
 from mammut_runtime.errors import InputError
 from mammut_runtime.pictures import Picture, to_rgb
 from mammut_runtime.resample import STRIP_ROWS, Axis, Interpolation, resize_nearest, resize_u8, resize_u16
@@ -48,8 +49,8 @@ class PreprocessRule:
     interpolation: Interpolation = "bicubic"
     """Filter of the resize: "bicubic" (a = -0.5) or "bilinear", both antialiased when shrinking."""
     resize_mode: ResizeMode = "shortest"
-    """"shortest": the short side becomes `size`, the long one is cropped in the centre. "longest": the long side becomes
-    `size`, the short one is padded. "squash": both become `size`, the shape of the picture is lost."""
+    """"shortest": the short side becomes `size`, the long one is cropped in the centre. "longest": the long side
+    becomes `size`, the short one is padded. "squash": both become `size`, the shape of the picture is lost."""
     fill: int = 0
     """Value of the padding of "longest", 0 to 255, in every channel (for palette pictures: the palette's entry)."""
 
@@ -58,49 +59,30 @@ class PreprocessRule:
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON-ready values."""
-        return {
-            "size": self.size,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": self.interpolation,
-            "resize_mode": self.resize_mode,
-            "fill": self.fill,
-        }
+        values: dict[str, Any] = strict.to_dict(self)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PreprocessRule:
-        """Read what `to_dict` wrote. Unknown and missing keys, and values out of range, raise InputError by name."""
-        if not isinstance(values, Mapping):
-            raise InputError(f"preprocess rule: expected an object with keys, got {type(values).__name__}")
-        known = set(cls.__dataclass_fields__)
-        problems = [f"unknown key {key!r}" for key in values if key not in known]
-        problems += [f"missing key {key!r}" for key in sorted(known - set(values))]
-        if problems:
-            raise InputError(f"preprocess rule: {', '.join(problems)}; expected exactly {', '.join(sorted(known))}")
-        return cls(**{**values, "mean": _three("mean", values["mean"]), "std": _three("std", values["std"])})
-
-
-def _three(key: str, value: object) -> tuple[float, float, float]:
-    numbers = value if isinstance(value, list | tuple) else ()
-    if len(numbers) != 3 or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-        raise InputError(f"preprocess rule: {key!r} must be three numbers (red, green, blue), got {value!r}")
-    red, green, blue = (float(n) for n in numbers)
-    return red, green, blue
+        """Read what `to_dict` wrote. Unknown and missing keys, other types and ranges raise InputError by name."""
+        return strict.from_dict(cls, values, "preprocess rule", InputError)
 
 
 def _check_rule(rule: PreprocessRule) -> None:
     for key, low, high in (("size", 1, MAX_SIZE), ("fill", 0, 255)):
         value = getattr(rule, key)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise InputError(f"preprocess rule: {key!r} must be a whole number from {low} to {high}, got {value!r}")
+            raise InputError(f"{key}: expected a whole number from {low} to {high:,}, got {value!r}")
     for key, choices in (("interpolation", get_args(Interpolation)), ("resize_mode", get_args(ResizeMode))):
-        if getattr(rule, key) not in choices:
-            raise InputError(f"preprocess rule: {key!r} must be one of {', '.join(choices)}, got {getattr(rule, key)!r}")
-    mean, std = _three("mean", rule.mean), _three("std", rule.std)
-    if not all(math.isfinite(n) for n in mean):
-        raise InputError(f"preprocess rule: 'mean' must be finite, got {rule.mean!r}")
-    if not all(math.isfinite(n) and n > 0 for n in std):
-        raise InputError(f"preprocess rule: 'std' must be finite and above 0, got {rule.std!r}")
+        value = getattr(rule, key)
+        if value not in choices:
+            raise InputError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
+    for key in ("mean", "std"):
+        value = getattr(rule, key)
+        if not isinstance(value, tuple) or len(value) != 3 or not all(math.isfinite(number) for number in value):
+            raise InputError(f"{key}: expected a tuple of three finite numbers (red, green, blue), got {value!r}")
+    if min(rule.std) <= 0:
+        raise InputError(f"std: expected three numbers above 0, got {rule.std!r}")
 
 
 @dataclass(frozen=True)
@@ -140,8 +122,8 @@ def _crop_or_pad(source: int, resized: int, size: int) -> tuple[Axis, int]:
 class Preprocessor:
     """Applies one rule. Holds no buffers, so threads may share it.
 
-    mode "exact" equals Pillow 12.3 bit for bit. "fast" first halves RGB and grey pictures while they stay at least twice
-    the wanted size; pixels then differ by a few levels of 255 at edges.
+    mode "exact" equals Pillow 12.3 bit for bit. "fast" first halves RGB and grey pictures while they stay at least
+    twice the wanted size; pixels then differ by a few levels of 255 at edges.
     """
 
     def __init__(self, rule: PreprocessRule, mode: Mode = "exact") -> None:
@@ -159,14 +141,15 @@ class Preprocessor:
         pixels = self.pixels_u8(image, color=color)
         out = np.empty((3, self.rule.size, self.rule.size), np.float32)
         for channel in range(3):
-            np.take(self._normalised[channel], pixels[:, :, channel], out=out[channel])
+            np.take(self._normalised[channel], pixels[:, :, channel], out=out[channel], mode="clip")
         return out
 
     def pixels_u8(self, image: Pixels | Picture, *, color: ChannelOrder = "rgb") -> U8:
         """The resized and cropped picture, just before it becomes float: uint8[S, S, 3], RGB.
 
-        image: uint8[H, W, 3] in the channel order `color`, or a Picture in any mode. A camera's BGR frame is given as it
-        is, with color="bgr": only the small result is reordered, the frame is not copied. Raises InputError otherwise.
+        image: uint8[H, W, 3] in the channel order `color`, or a Picture in any mode. A camera's BGR frame is given as
+        it is, with color="bgr": only the small result is reordered, the frame is not copied. Raises InputError
+        otherwise.
         """
         if color not in get_args(ChannelOrder):
             raise InputError(f"color must be one of {', '.join(get_args(ChannelOrder))}, got {color!r}")

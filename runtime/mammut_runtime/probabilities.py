@@ -5,8 +5,12 @@ Everything here is plain numpy over the last axis. Nothing knows about tokens, p
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
+
+Float = TypeVar("Float", np.float32, np.float64)
 
 _BLOCK = 64
 """Scores looked at together by `best`. Any size gives the same answer; 64 was the fastest for 49,408 scores."""
@@ -20,9 +24,9 @@ def log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
     return shifted
 
 
-def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+def softmax(scores: NDArray[Float]) -> NDArray[Float]:
     """Softmax over the last axis, of the same dtype and shape as the scores; -inf gets probability 0."""
-    weights: NDArray[np.float32] = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights: NDArray[Float] = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     return weights
 

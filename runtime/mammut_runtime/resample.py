@@ -1,10 +1,11 @@
 """Pillow 12.3's antialiased resize, restated bit for bit and made fast with matrix products.
 
-Models of this family were trained on pictures that Pillow shrank, so its rounding is part of the model. Pillow filters
-one axis at a time with 22-bit fixed-point weights and rounds to 8 bits between the two passes. Here each pass is a banded
-matrix product: a block of neighbouring output lines reads one short span of input lines. Float32 holds integers below 2^24
-exactly, so the weights are split into a high and a low half whose sums stay below that; where they would not (shrinking by
-more than about 30), float64 does the same without a split. Only what the crop keeps is computed.
+Models of this family were trained on pictures that Pillow shrank, so its rounding is part of the model. Pillow
+filters one axis at a time with 22-bit fixed-point weights and rounds to 8 bits between the two passes. Here each pass
+is a banded matrix product: a block of neighbouring output lines reads one short span of input lines. Float32 holds
+integers below 2^24 exactly, so the weights are split into a high and a low half whose sums stay below that; where
+they would not (shrinking by more than about 30), float64 does the same without a split. Only what the crop keeps is
+computed.
 
 This file knows arrays and axes. Picture modes, crops and rules are in `preprocess`.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -33,10 +34,14 @@ FLOAT32_EXACT = 1 << 24
 """Every integer up to here is a float32, so float32 sums that stay below it are exact in any order."""
 BLOCK = 8
 """Output lines per matrix product. Measured for 1080p to 224: 8 beats 16 and 24 (fewer multiplications by zero)."""
+ONE_THREAD_PRODUCT = 1 << 18
+"""Multiplications in one matrix product. Up to here OpenBLAS stays on the calling thread. Above, it wakes one thread
+per core; on a device whose cores are busy they wait for each other: 7 ms became 230 ms (measured, 1080p, 4 busy
+cores)."""
 STRIP_ROWS = 1200
 """Rows filtered along the width at a time; bounds the working memory for very large pictures."""
 LONGEST_SUM = 1 << 22
-"""Nearest-neighbour positions past this many pixels are multiplied out, not added up: a 1-pixel-wide picture enlarged."""
+"""Nearest-neighbour positions beyond this are multiplied out, not added up: a very long picture, much enlarged."""
 CACHED_SOURCE = 16_384
 """Axes longer than this are not cached: their weights take megabytes, and no camera sends them twice."""
 
@@ -45,8 +50,8 @@ CACHED_SOURCE = 16_384
 class Axis:
     """One axis of a resize, of which only a window is wanted.
 
-    `source` pixels become `size` pixels, of which `count` from `start` are computed. `extent` is the length of the source
-    in source pixels when it is not a whole number (a picture already shrunk by blocks); None means `source`.
+    `source` pixels become `size` pixels, of which `count` from `start` are computed. `extent` is the length of the
+    source in source pixels when it is not a whole number (a picture already shrunk by blocks); None means `source`.
     """
 
     source: int
@@ -116,7 +121,7 @@ def _build_blocks(axis: Axis, interpolation: Interpolation) -> tuple[Block, ...]
     wanted = taps(axis, interpolation)
     scaled = wanted.weights * (1 << WEIGHT_BITS)
     fixed = np.trunc(scaled + np.where(scaled < 0, -0.5, 0.5)).astype(np.int64)
-    built = []
+    bands = []
     for begin in range(0, axis.count, BLOCK):
         end = min(begin + BLOCK, axis.count)
         first, last = int(wanted.first[begin:end].min()), int(wanted.last[begin:end].max())
@@ -125,21 +130,29 @@ def _build_blocks(axis: Axis, interpolation: Interpolation) -> tuple[Block, ...]
             used = int(wanted.last[line] - wanted.first[line])
             offset = int(wanted.first[line]) - first
             band[line - begin, offset : offset + used] = fixed[line, :used]
-        built.append(Block(slice(begin, end), first, last, _as_floats(band)))
-    return tuple(built)
+        bands.append((slice(begin, end), first, last, band))
+    split = all(_fits_float32(band) for *_, band in bands)
+    return tuple(Block(outputs, first, last, _as_floats(band, split)) for outputs, first, last, band in bands)
 
 
 _cached_blocks = lru_cache(maxsize=16)(_build_blocks)
 
 
-def _as_floats(band: I64) -> npt.NDArray[np.float32] | F64:
-    """Split weights where float32 sums of 8-bit pixels are exact, else float64. Both are scaled by powers of two."""
-    half = 1 << (SPLIT_BITS - 1)
-    high = (band + half) >> SPLIT_BITS
-    low = band - (high << SPLIT_BITS)
-    largest = 255 * max(int(np.abs(high).sum(axis=1).max()), int(np.abs(low).sum(axis=1).max()))
-    if largest < FLOAT32_EXACT:
-        return (np.concatenate([high, low]) * 2.0**-SPLIT_BITS).astype(np.float32)
+def _halves(band: I64) -> tuple[I64, I64]:
+    """High and low halves of fixed-point weights; the low half is signed, which halves its sums."""
+    high = (band + (1 << (SPLIT_BITS - 1))) >> SPLIT_BITS
+    return high, band - (high << SPLIT_BITS)
+
+
+def _fits_float32(band: I64) -> bool:
+    """True when no sum of weighted 8-bit pixels, however ordered, leaves the integers that float32 holds exactly."""
+    return all(255 * int(np.abs(half).sum(axis=1).max()) < FLOAT32_EXACT for half in _halves(band))
+
+
+def _as_floats(band: I64, split: bool) -> npt.NDArray[np.float32] | F64:
+    """Float weights for `_filter`, scaled by a power of two, which rounds nothing."""
+    if split:
+        return (np.concatenate(_halves(band)) * 2.0**-SPLIT_BITS).astype(np.float32)
     return band * 2.0**-WEIGHT_BITS
 
 
@@ -147,23 +160,38 @@ def _filter(lines: U8, base: int, plan: tuple[Block, ...], count: int) -> U8:
     """uint8[count, M] from uint8[L, M], whose first line is line `base` of the source; sums are rounded half up."""
     width = lines.shape[1]
     out = np.empty((count, width), np.uint8)
-    room = np.empty(max((block.last - block.first) * block.weights.itemsize for block in plan) * width, np.uint8)
+    parts = -(-width * max(block.weights.size for block in plan) // ONE_THREAD_PRODUCT)
+    part = -(-width // parts)
+    padded = parts * part
+    kind = plan[0].weights.dtype
+    room = np.zeros(max(block.last - block.first for block in plan) * padded, kind)
     for block in plan:
         span = block.last - block.first
-        kind = block.weights.dtype
-        source = room[: span * width * kind.itemsize].view(kind).reshape(span, width)
-        np.copyto(source, lines[block.first - base : block.last - base])
-        sums = block.weights @ source
-        if kind == np.float64:
-            high, low, gain, tie = sums, sums, 0.0, 2.0 ** -(WEIGHT_BITS + 1)
-        else:
-            # floor((high * 2^11 + low + 2^21) / 2^22) needs only the floor of low / 2^11 beside high: exact in float32
-            high, low = np.split(sums, 2)
-            np.floor(low, out=low)
-            gain, tie = 2.0**-SPLIT_BITS, 2.0 ** -(SPLIT_BITS + 1)
-        # OpenCV rounds halves to even and Pillow rounds them up; half of the smallest step decides every tie upwards
-        out[block.outputs] = cv2.addWeighted(high, 1.0, low, gain, tie, dtype=cv2.CV_8U)
+        source = room[: span * padded].reshape(span, padded)
+        np.copyto(source[:, :width], lines[block.first - base : block.last - base])
+        # a stack of products, one per part of the width; numpy hands each to the matrix library on its own
+        sums = np.empty((block.weights.shape[0], padded), kind)
+        np.matmul(block.weights, _parts(source, part), out=_parts(sums, part))
+        out[block.outputs] = _rounded(sums[:, :width])
     return out
+
+
+def _parts(lines: npt.NDArray[Any], part: int) -> npt.NDArray[Any]:
+    """[parts, lines, part], a view of [lines, parts * part]."""
+    return lines.reshape(lines.shape[0], -1, part).swapaxes(0, 1)
+
+
+def _rounded(sums: npt.NDArray[Any]) -> U8:
+    """uint8[n, M] from the sums of one block, rounded half up and clipped to 0..255."""
+    if sums.dtype == np.float64:
+        high, low, gain, tie = sums, sums, 0.0, 2.0 ** -(WEIGHT_BITS + 1)
+    else:
+        # floor((high * 2^11 + low + 2^21) / 2^22) needs only the floor of low / 2^11 beside high: exact in float32
+        high, low = np.split(sums, 2)
+        np.floor(low, out=low)
+        gain, tie = 2.0**-SPLIT_BITS, 2.0 ** -(SPLIT_BITS + 1)
+    # OpenCV rounds halves to even and Pillow rounds them up; half of the smallest step decides every tie upwards
+    return np.asarray(cv2.addWeighted(high, 1.0, low, gain, tie, dtype=cv2.CV_8U), np.uint8)
 
 
 def _along_width(pixels: U8, left: int, axis: Axis, interpolation: Interpolation) -> U8:

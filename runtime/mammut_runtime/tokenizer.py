@@ -40,8 +40,8 @@ MAX_TEXT_CHARS = 100_000
 
 _SPLIT = r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 # CLIP compiles its pattern to ignore case and applies it to lower-case text. That matters for two characters that
-# lower() keeps, spelled out here: the long s counts as an s, and U+0345, a Greek mark with a letter for its upper case, is
-# neither a letter nor anything else, so CLIP drops it. Ignoring case in the library's own regular expressions goes
+# lower() keeps, spelled out here: the long s counts as an s, and U+0345, a Greek mark with a letter for its upper case,
+# is neither a letter nor anything else, so CLIP drops it. Ignoring case in the library's own regular expressions goes
 # further (`st` would match the ligature U+FB06). Found by trying every character of Unicode 16: no other one differs.
 
 _PRE_TOKENIZER = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -69,7 +70,7 @@ def fill(folder: Path, name: str = "tiny", graph: bytes | None = None) -> Manife
         parity={"vision.embedding": ParityInfo(1e-6, 1e-4)},
         quantization={},
         files=hash_files(folder),
-        canary=Canary(7, (62, 63), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (5,), 1e-3),
+        canary=Canary(7, (62, 63, *[0] * 22), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (5,), 1e-3),
     )
     write_manifest(folder, manifest)
     return manifest
@@ -418,9 +419,12 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path, old: bool, error: Ba
     assert _snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("step", range(3))
-def test_an_interruption_between_the_renames(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C after the old bundle went aside (0), after the new one took its place (1), and never (2, control)."""
+@pytest.mark.parametrize(("step", "left"), [(0, "old"), (1, "new"), (2, "new"), (3, "new")])
+def test_an_interruption_between_the_renames(
+    tmp_path: Path, step: int, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where names cannot be exchanged in one step: Ctrl-C after the old bundle went aside (0), after the new one took
+    its place (1), after the old one was made ready to be removed (2), and never (3, control)."""
     out = tmp_path / "bundle"
     with publish(out) as folder:
         fill(folder, "old")
@@ -432,17 +436,31 @@ def test_an_interruption_between_the_renames(tmp_path: Path, step: int, monkeypa
             raise KeyboardInterrupt
         return result
 
-    def run() -> None:
-        with publish(out, overwrite=True) as folder:
-            fill(folder, "new")
-
+    monkeypatch.setattr(bundle_module, "_exchanged", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", rename)
-    if step < 2:
-        with pytest.raises(KeyboardInterrupt):
-            run()
-    else:
-        run()
-    assert _model_name(out) == ("new" if step == 2 else "old")
+    expected = pytest.raises(KeyboardInterrupt) if step < 3 else contextlib.nullcontext()
+    with expected, publish(out, overwrite=True) as folder:
+        fill(folder, "new")
+    assert _model_name(out) == left
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interruption_around_the_exchange(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "bundle"
+    with publish(out) as folder:
+        fill(folder, "old")
+    real = bundle_module._exchanged
+
+    def exchanged(one: Path, other: Path) -> bool:
+        if moment == "after" and not real(one, other):
+            pytest.skip("this file system cannot exchange names")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle_module, "_exchanged", exchanged)
+    with pytest.raises(KeyboardInterrupt), publish(out, overwrite=True) as folder:
+        fill(folder, "new")
+    assert _model_name(out) == {"before": "old", "after": "new"}[moment]
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -502,7 +520,7 @@ def test_an_old_bundle_that_cannot_be_removed_is_named(tmp_path: Path, monkeypat
             raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(bundle_module.shutil, "rmtree", refuse)
-    message = r"the new bundle is published, but .* remove .*\.bundle\..*\.old yourself"
+    message = r"the new bundle is published, but .* remove .*\.bundle\..*\.new yourself"
     with pytest.raises(InputError, match=message), publish(out, overwrite=True) as folder:
         fill(folder, "new")
     assert _model_name(out) == "new"

@@ -40,10 +40,11 @@ def valid() -> dict[str, Any]:
         for name, size in (("past", "past"), ("present", "past+new"))
     )
     embedding = _tensor("embedding", "float32", "batch", 3)
+    norm = _tensor("norm", "float32", "batch")
     tokens = _tensor("tokens", "float32", "batch", 4, 6)
     graphs = {
-        "vision": ([_tensor("pixels", "float32", "batch", 3, 32, 32)], [tokens, embedding]),
-        "text": ([_tensor("ids", "int64", "batch", "length")], [embedding]),
+        "vision": ([_tensor("pixels", "float32", "batch", 3, 32, 32)], [tokens, embedding, norm]),
+        "text": ([_tensor("ids", "int64", "batch", "length")], [embedding, norm]),
         "memory": ([tokens], cross),
         "decoder": (
             [_tensor("ids", "int64", "batch", "beams", "new"), *past, *cross],
@@ -76,7 +77,7 @@ def valid() -> dict[str, Any]:
         "quantization": {"decoder": {"weights": "float32", "activations": "float32", "drift": {}}},
         "files": {name: {"sha256": "0" * 64, "size_bytes": 10} for name in names},
         "canary": {
-            "seed": 7, "ids": [62, 5, 63], "embedding": [1.0, 0.0, 0.0], "text_embedding": [0.6, -0.8, 0],
+            "seed": 7, "ids": [62, 5, 63, *[0] * 21], "embedding": [1.0, 0.0, 0.0], "text_embedding": [0.6, -0.8, 0],
             "caption_ids": [5, 6], "tolerance": 1e-3, "picture_hw": [192, 256],
         },
     }  # fmt: skip
@@ -149,9 +150,9 @@ REFUSED = [
     (_drop("text", "cleaning"), r"text: missing key 'cleaning'"),
     (_set("preprocess", "colour", "bgr"), r"preprocess: unknown key 'colour'"),
     (_drop("preprocess", "mean"), r"preprocess: missing key 'mean'"),
-    (_set("preprocess", "size", 0), r"manifest.json: preprocess: .*size.* from 1 to 4096"),
-    (_set("preprocess", "std", [1, 1, 0]), r"preprocess: .*std.* above 0"),
-    (_set("preprocess", "interpolation", "box"), r"preprocess.interpolation: expected one of"),
+    (_set("preprocess", "size", 0), r"manifest.json: preprocess.*size.* from 1 to 4,096"),
+    (_set("preprocess", "std", [1, 1, 0]), r"preprocess.*std.* above 0"),
+    (_set("preprocess", "interpolation", "box"), r"preprocess.*interpolation.*expected one of"),
     (_set("model", "heads", "2"), r"model.heads: expected a whole number, got '2'"),
     (_set("model", "heads", True), r"model.heads: expected a whole number, got true"),
     (_set("model", "heads", 2.0), r"model.heads: expected a whole number, got 2.0"),
@@ -206,8 +207,8 @@ REFUSED = [
     (_set("canary", "embedding", [1.0, 0.0]), r"canary.embedding: expected 3 components .*, got 2"),
     (_set("canary", "embedding", 0, 7.0), r"canary.embedding\[0\]: expected a number from -1.001 to 1.001"),
     (_set("canary", "text_embedding", []), r"canary.text_embedding: expected 3 components .*, got 0"),
-    (_set("canary", "ids", []), r"canary.ids: expected 1 to 24 ids, got 0"),
-    (_set("canary", "ids", [64]), r"canary.ids: expected ids below model.vocab_size 64, got 64"),
+    (_set("canary", "ids", [62, 63]), r"canary.ids: expected 24 to 24 ids, got 2"),
+    (_set("canary", "ids", [64] * 24), r"canary.ids: expected ids below model.vocab_size 64, got 64"),
     (_set("canary", "caption_ids", [1] * 21), r"canary.caption_ids: expected at most 20 ids, got 21"),
     (_set("canary", "seed", 2**32), r"canary.seed: expected a number from 0"),
     (_set("canary", "tolerance", 0), r"canary.tolerance: expected a number from"),

@@ -1,6 +1,6 @@
 """A Python function in the place of a graph: for tests of applications that should not need a model or an engine.
 
-    model = Model(bundle, open_graph=lambda name: FakeEngine(my_functions[name]))
+model = Model(bundle, open_graph=lambda name: FakeEngine(my_functions[name]))
 """
 
 from __future__ import annotations

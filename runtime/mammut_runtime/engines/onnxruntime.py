@@ -32,8 +32,9 @@ _PROVIDER_PACKAGES = {
     "CoreMLExecutionProvider": "onnxruntime on macOS",
     "QNNExecutionProvider": "onnxruntime-qnn in place of onnxruntime",
 }
-_ERRORS_ONLY = 3
-"""ONNX Runtime's log severity: its warnings are about graph optimisations, and would spill over a user's terminal."""
+_FATAL_ONLY = 4
+"""ONNX Runtime's log severity: its warnings are about graph optimisations, and its errors are exceptions too; both
+would spill over a user's terminal."""
 _DTYPES = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -119,7 +120,7 @@ def _session_options(ort: Any, options: EngineOptions) -> Any:
     settings.intra_op_num_threads = options.threads or physical_cores()
     settings.inter_op_num_threads = 1  # our graphs are chains; ORT_SEQUENTIAL, its default, uses none anyway
     settings.enable_cpu_mem_arena = options.memory_arena
-    settings.log_severity_level = _ERRORS_ONLY
+    settings.log_severity_level = _FATAL_ONLY
     spinning = "1" if options.spinning else "0"
     settings.add_session_config_entry("session.intra_op.allow_spinning", spinning)
     settings.add_session_config_entry("session.inter_op.allow_spinning", spinning)

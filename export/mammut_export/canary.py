@@ -1,0 +1,90 @@
+"""Chooses the bundle's canary: inputs whose outputs every device can reproduce, whatever its rounding.
+
+Embeddings are compared with a tolerance, but a caption is compared token by token. So the picture is one whose greedy
+caption is never a close call: of a few seeds the one where the narrowest lead of the best token is the widest.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mammut.checkpoint import Checkpoint
+from mammut.model import Mammut
+from mammut_export.samples import TEXTS
+from mammut_export.weights import half_rounded
+from mammut_runtime.canary import canary_picture
+from mammut_runtime.manifest import Canary, TextRule
+from mammut_runtime.preprocess import Preprocessor
+
+SEEDS = 8
+TOLERANCE = {"fp32": 2e-4, "fp16": 2e-3}
+"""Precision → largest difference of a component of a unit vector. Wide enough for a device that computes with other
+instructions (fp16: in float16 throughout), far below what a wrong picture path or a broken operator does."""
+PICTURE_HW = (192, 256)
+
+
+@dataclass(frozen=True)
+class _Greedy:
+    ids: tuple[int, ...]
+    lead: float
+    """The narrowest lead of a chosen token's logit over the next best one."""
+
+
+def make_canary(checkpoint: Checkpoint, graphs: tuple[str, ...], rule: TextRule, precision: str) -> Canary:
+    """The canary, computed by PyTorch with the weights that the bundle stores."""
+    model = _as_stored(checkpoint.model, precision)
+    preprocess = Preprocessor(checkpoint.preprocess)
+    prompt = [rule.start_id, *checkpoint.tokenizer.encode(rule.prompts.get("caption", ""))]
+    best, lead = 0, -1.0
+    caption: tuple[int, ...] = ()
+    embedding: tuple[float, ...] = ()
+    with torch.no_grad():
+        for seed in range(SEEDS if "decoder" in graphs else 1):
+            pixels = torch.from_numpy(preprocess(canary_picture(seed, PICTURE_HW)))[None]
+            tokens, vector = model.encode_image(pixels)
+            found = _greedy(model, tokens, prompt, rule) if "decoder" in graphs else _Greedy((), 0.0)
+            if found.lead > lead:
+                best, lead, caption, embedding = seed, found.lead, found.ids, _floats(vector[0])
+        ids = _canary_ids(checkpoint, rule) if "text" in graphs else []
+        text_embedding = _floats(model.encode_text(torch.tensor([ids]))[0]) if ids else ()
+    return Canary(best, tuple(ids), embedding, text_embedding, caption, TOLERANCE[precision], PICTURE_HW)
+
+
+def _canary_ids(checkpoint: Checkpoint, rule: TextRule) -> list[int]:
+    """A text's row as the text graph takes it: filled to its length where the model counts the pads."""
+    row: list[int] = checkpoint.tokenizer.tokenize([TEXTS[0]], rule.text_length or rule.context_length)[0].tolist()
+    return row if rule.text_length is not None else row[: row.index(rule.end_id) + 1]
+
+
+def _greedy(model: Mammut, tokens: Tensor, prompt: list[int], rule: TextRule) -> _Greedy:
+    memory, past, new = model.memory(tokens), model.empty_past(1), prompt
+    chosen: list[int] = []
+    lead = float("inf")
+    while len(chosen) < rule.max_tokens and len(prompt) + len(chosen) < rule.context_length:
+        logits, past = model.decode_step(torch.tensor([[new]]), past, memory)
+        (first, second), (token, _) = (each.tolist() for each in logits[0, 0].topk(2))
+        lead = min(lead, first - second)
+        if token == rule.end_id:
+            break
+        chosen.append(token)
+        new = [token]
+    return _Greedy(tuple(chosen), lead)
+
+
+def _as_stored(model: Mammut, precision: str) -> Mammut:
+    """The model with the values that the bundle holds; a copy only where they differ."""
+    if precision == "fp32":
+        return model
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(torch.from_numpy(half_rounded(parameter.numpy())))
+    return rounded
+
+
+def _floats(vector: Tensor) -> tuple[float, ...]:
+    return tuple(float(value) for value in vector)

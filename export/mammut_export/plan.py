@@ -1,0 +1,245 @@
+"""What an export will give, from the configuration alone: parameters, bytes, memory, operations. Nothing is traced.
+
+`mammut-export --dry-run` prints it; the export itself takes its sizes for the report from here. Works for a model on
+PyTorch's meta device, so also for one that does not fit into memory.
+
+Symbols: N image tokens, L tokens, C tokens looked at, W width, M MLP width. A multiply-add counts as two operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mammut.config import MammutConfig, TextConfig
+from mammut.model import Mammut
+
+BYTES = {"fp32": 4, "fp16": 2}
+"""Precision → stored bytes of a matrix element. Vectors (biases, norms) stay float32; they are below 1 %."""
+CACHE_BYTES = 4
+"""Keys and values are float32 in every precision."""
+ENGINE_BYTES = 40_000_000
+"""What an engine's code and its buffers take beside weights: measured with ONNX Runtime 1.32, about this much."""
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """One graph."""
+
+    name: str
+    parameters: int
+    """That the graph uses; some are used by several graphs."""
+    weight_bytes: int
+    """Of these parameters, as stored."""
+    packed_bytes: int
+    """What an engine keeps of them in memory: matrices in an order of its own, in float32."""
+    operations: int
+    """Per run: one picture, one text of `Plan.text_tokens` tokens, or one new token after `Plan.past_tokens`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A bundle before it is made."""
+
+    name: str
+    precision: str
+    image_size: int
+    """Pixels."""
+    max_tokens: int
+    graphs: tuple[GraphPlan, ...]
+    parameters: int
+    """Of all graphs together, each once."""
+    unique_weight_bytes: int
+    """Of these, as stored: weights.bin, apart from gaps for alignment."""
+    cross_bytes: int
+    """The decoder's keys and values of one picture."""
+    cache_bytes_per_token: int
+    """What one more token adds to the cache of one sequence (one beam)."""
+    text_tokens: int
+    past_tokens: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Cache of one sequence of `max_tokens`."""
+        return self.cache_bytes_per_token * self.max_tokens
+
+    @property
+    def separate_weight_bytes(self) -> int:
+        """If every graph had its own file of weights."""
+        return sum(graph.weight_bytes for graph in self.graphs)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Expected memory of a process with all graphs open: packed weights, one picture, one beam, the engine.
+
+        Tables that rows are taken from are mapped from the file and count as far as rows were used, so not at all.
+        """
+        packed = sum(graph.packed_bytes for graph in self.graphs)
+        return packed + self.cross_bytes + self.cache_bytes + ENGINE_BYTES
+
+    def graph(self, name: str) -> GraphPlan:
+        return next(graph for graph in self.graphs if graph.name == name)
+
+
+def make_plan(config: MammutConfig, graphs: tuple[str, ...], precision: str, max_tokens: int) -> Plan:
+    """The plan of a bundle with these graphs. precision: a key of BYTES."""
+    with torch.device("meta"):
+        state = {name: value.shape for name, value in Mammut(config).state_dict().items()}
+    text = config.text
+    used = {graph: {name: state[name] for name in state if uses(graph, name, config)} for graph in graphs}
+    union = {name: shape for shapes in used.values() for name, shape in shapes.items()}
+    operations = {
+        "vision": vision_operations(config),
+        "text": text_operations(text, text.context_length),
+        "memory": memory_operations(config),
+        "decoder": step_operations(config, min(max_tokens, text.context_length)),
+    }
+    return Plan(
+        name=config.name,
+        precision=precision,
+        image_size=config.vision.image_size,
+        max_tokens=max_tokens,
+        graphs=tuple(
+            GraphPlan(
+                graph,
+                sum(shape.numel() for shape in shapes.values()),
+                _stored_bytes(shapes, precision),
+                _packed_bytes(graph, shapes, text),
+                operations[graph],
+            )
+            for graph, shapes in used.items()
+        ),
+        parameters=sum(shape.numel() for shape in union.values()),
+        unique_weight_bytes=_stored_bytes(union, precision),
+        cross_bytes=2 * len(text.cross_after) * config.vision.tokens * text.width * CACHE_BYTES,
+        cache_bytes_per_token=2 * text.layers * text.width * CACHE_BYTES,
+        text_tokens=text.context_length,
+        past_tokens=min(max_tokens, text.context_length),
+    )
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan as lines for a terminal."""
+    lines = [
+        f"{plan.name}: {_count(plan.parameters)} parameters, {plan.precision}, pictures of {plan.image_size} pixels",
+        f"{'graph':<10}{'parameters':>12}{'weights':>12}{'operations':>14}",
+    ]
+    per = {
+        "vision": "a picture",
+        "text": f"a text of {plan.text_tokens} tokens",
+        "memory": "a picture",
+        "decoder": f"the next token after {plan.past_tokens}",
+    }
+    for graph in plan.graphs:
+        lines.append(
+            f"{graph.name:<10}{_count(graph.parameters):>12}{megabytes(graph.weight_bytes):>12}"
+            f"{_count(graph.operations):>14} for {per[graph.name]}"
+        )
+    shared = plan.separate_weight_bytes / max(plan.unique_weight_bytes, 1)
+    lines += [
+        f"weights.bin      {megabytes(plan.unique_weight_bytes)}, shared by all graphs (one each: {shared:.2f} x)",
+        f"memory           about {megabytes(plan.resident_bytes)} with all graphs open",
+    ]
+    if any(graph.name == "decoder" for graph in plan.graphs):
+        lines.append(
+            f"decoder's cache  {megabytes(plan.cross_bytes)} per picture, {megabytes(plan.cache_bytes)} per beam of "
+            f"{plan.max_tokens} tokens"
+        )
+    return lines
+
+
+def megabytes(size_bytes: int) -> str:
+    """For people, e.g. "12.3 MB"."""
+    return f"{size_bytes / 1e6:.{1 if size_bytes < 1e8 else 0}f} MB"
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+def uses(graph: str, name: str, config: MammutConfig) -> bool:
+    """Whether a graph computes with the core's parameter `name`."""
+    shared_projection = config.vision.embedding == "memory_projection"
+    if graph == "vision":
+        return name.startswith(("vision.", "image_projection.")) or (
+            shared_projection and name.startswith("memory_projection.")
+        )
+    if graph == "memory":
+        return name.startswith("memory_projection.") or _makes_memory(name)
+    if graph == "text":
+        return name.startswith(("text.token_embedding.", "text.positions", "text.self_blocks.", "text.final_norm."))
+    return name.startswith("text.") and not _makes_memory(name)
+
+
+def _makes_memory(name: str) -> bool:
+    return name.startswith("text.cross_blocks.") and (".key_value." in name or ".norm_memory." in name)
+
+
+def _stored_bytes(shapes: dict[str, torch.Size], precision: str) -> int:
+    return sum(shape.numel() * (BYTES[precision] if len(shape) > 1 else 4) for shape in shapes.values())
+
+
+def _packed_bytes(graph: str, shapes: dict[str, torch.Size], text: TextConfig) -> int:
+    """Matrices that are multiplied with, in float32. The embedding table is one only where it is the tied head."""
+    multiplied_table = graph == "decoder" and text.tied_head
+    return sum(
+        shape.numel() * 4
+        for name, shape in shapes.items()
+        if len(shape) > 1 and (multiplied_table or not name.startswith("text.token_embedding."))
+    )
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+def vision_operations(config: MammutConfig) -> int:
+    """One picture through the encoder and the projection of its embedding."""
+    vision = config.vision
+    patches = 2 * vision.grid**2 * 3 * vision.patch_size**2 * vision.width
+    block = _self_attention(vision.tokens, vision.tokens, vision.width) + _mlp(
+        vision.tokens, vision.width, vision.mlp_width
+    )
+    return patches + vision.layers * block + 2 * vision.width * config.embed_dim
+
+
+def text_operations(text: TextConfig, length: int) -> int:
+    """One text of `length` tokens through the text tower."""
+    return sum(
+        _self_attention(length, length, text.width) + _own_mlp(text, index, length) for index in range(text.layers)
+    )
+
+
+def memory_operations(config: MammutConfig) -> int:
+    """The decoder's keys and values of one picture."""
+    text, tokens = config.text, config.vision.tokens
+    keys_values = len(text.cross_after) * 2 * tokens * text.width * 2 * text.width
+    return 2 * tokens * config.vision.width * text.width + keys_values
+
+
+def step_operations(config: MammutConfig, past: int) -> int:
+    """One new token after `past` cached ones, up to its logits."""
+    text = config.text
+    own = sum(_self_attention(1, past + 1, text.width) + _own_mlp(text, index, 1) for index in range(text.layers))
+    cross = 2 * 2 * text.width**2 + 2 * 2 * config.vision.tokens * text.width + _mlp(1, text.width, text.mlp_width)
+    return own + len(text.cross_after) * cross + 2 * text.width * text.vocab_size
+
+
+def _self_attention(length: int, looked_at: int, width: int) -> int:
+    """q, k, v and out, then scores and their use."""
+    return 2 * length * 4 * width**2 + 2 * 2 * length * looked_at * width
+
+
+def _own_mlp(text: TextConfig, index: int, length: int) -> int:
+    has_mlp = text.mlp_in_crossed_blocks or index not in text.cross_after
+    return _mlp(length, text.width, text.mlp_width) if has_mlp else 0
+
+
+def _mlp(length: int, width: int, hidden: int) -> int:
+    return 2 * 2 * length * width * hidden
+
+
+def _count(number: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)

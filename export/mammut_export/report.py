@@ -1,0 +1,228 @@
+"""report.json and report.html: what was made, how it compares with PyTorch, sample captions with their pictures.
+
+The page is one file: pictures inside, no scripts, nothing fetched, every text escaped. It is read on a phone as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mammut_export.parity import CaptionParity, Parity
+from mammut_export.plan import Plan, megabytes
+from mammut_export.samples import Sample
+from mammut_runtime.manifest import WEIGHTS_FILE, Manifest
+from mammut_runtime.strict import to_dict
+
+THUMBNAIL_PX = 192
+"""Longest side of a picture in the page."""
+JPEG_QUALITY = 75
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a report says."""
+
+    manifest: Manifest
+    """Of the bundle without its report."""
+    plan: Plan
+    parity: Parity
+    samples: tuple[Sample, ...]
+    export_seconds: dict[str, float]
+    """Step of the export → seconds."""
+
+    @property
+    def bundle_bytes(self) -> int:
+        """All files but the report and the manifest."""
+        return sum(file.size_bytes for file in self.manifest.files.values())
+
+    @property
+    def weight_ratio(self) -> float:
+        """weights.bin over the unique weights."""
+        return self.manifest.files[WEIGHTS_FILE].size_bytes / self.plan.unique_weight_bytes
+
+    @property
+    def bundle_ratio(self) -> float:
+        """The bundle over the unique weights."""
+        return self.bundle_bytes / self.plan.unique_weight_bytes
+
+
+def write(folder: Path, facts: Facts) -> None:
+    """Write report.json and report.html into `folder`."""
+    text = json.dumps(as_json(facts), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(as_html(facts), encoding="utf-8")
+
+
+def as_json(facts: Facts) -> dict[str, Any]:
+    """The report as plain values. Sizes in bytes, times in ms or s as their keys say."""
+    manifest, plan, parity = facts.manifest, facts.plan, facts.parity
+    return {
+        "model": manifest.model.name,
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "opset": manifest.opset,
+        "made_by": manifest.made_by,
+        "sizes": {
+            "files_bytes": {name: file.size_bytes for name, file in manifest.files.items()},
+            "bundle_bytes": facts.bundle_bytes,
+            "unique_weight_bytes": plan.unique_weight_bytes,
+            "separate_weight_bytes": plan.separate_weight_bytes,
+            "bundle_over_unique_weights": round(facts.bundle_ratio, 4),
+            "expected_resident_bytes": plan.resident_bytes,
+            "cross_bytes_per_picture": plan.cross_bytes,
+            "cache_bytes_per_token_and_beam": plan.cache_bytes_per_token,
+        },
+        "graphs": {graph.name: to_dict(graph) for graph in plan.graphs},
+        "pictures": {"kind": _pictures_kind(facts.samples), "names": [sample.name for sample in facts.samples]},
+        "parity": {
+            "relative_tolerance": parity.relative_tolerance,
+            "outputs": to_dict(parity.outputs),
+            "picture_embedding_drift": parity.drift,
+            "shapes": list(parity.shapes),
+        },
+        "captions": to_dict(parity.captions),
+        "timings_ms": {timing.what: round(timing.milliseconds, 3) for timing in parity.timings},
+        "export_s": {step: round(seconds, 2) for step, seconds in facts.export_seconds.items()},
+    }
+
+
+def as_html(facts: Facts) -> str:
+    """The report as one page."""
+    manifest, parity = facts.manifest, facts.parity
+    same = sum(caption.verdict == "same" for caption in parity.captions)
+    ties = sum(caption.verdict == "tie" for caption in parity.captions)
+    verdict = f"{len(parity.outputs)} outputs within tolerance over {len(parity.shapes)} shapes and {len(facts.samples)} pictures"
+    if parity.captions:
+        verdict += f"; {same} of {len(parity.captions)} greedy captions the same token for token"
+        verdict += f", {ties} parted at a tie" if ties else ""
+    body = [
+        f"<h1>{escape(manifest.model.name)}</h1>",
+        f"<p>{escape(manifest.target)}, {escape(manifest.precision)}, opset {manifest.opset}, "
+        f"{manifest.model.parameters:,} parameters, pictures of {facts.plan.image_size} pixels</p>",
+        f'<p class="good">{escape(verdict)}.</p>',
+        *_captions(facts),
+        *_parity(parity),
+        *_sizes(facts),
+        *_times(facts),
+        "<h2>Made by</h2>",
+        _table(("what", "version"), manifest.made_by.items()),
+        "<h2>Shapes replayed</h2><details><summary>all</summary><ul>",
+        *(f"<li>{escape(shape)}</li>" for shape in parity.shapes),
+        "</ul></details>",
+    ]
+    head, tail = _PAGE.split("{body}")
+    return head.replace("{title}", escape(manifest.model.name)) + "\n".join(body) + tail
+
+
+def _captions(facts: Facts) -> Iterable[str]:
+    captions = {caption.picture: caption for caption in facts.parity.captions}
+    yield "<h2>Pictures</h2>"
+    yield f"<p>{escape(_pictures_kind(facts.samples))}.</p>"
+    yield '<div class="pictures">'
+    for sample in facts.samples:
+        caption = captions.get(sample.name)
+        yield f'<figure><img alt="{escape(sample.name)}" src="{_jpeg(sample.pixels)}">'
+        yield f"<figcaption>{_caption_text(caption)}<small>{escape(sample.name)}</small></figcaption></figure>"
+    yield "</div>"
+
+
+def _caption_text(caption: CaptionParity | None) -> str:
+    if caption is None:
+        return ""
+    text = f"<q>{escape(caption.text)}</q>" if caption.text else "<em>(empty caption)</em>"
+    if caption.verdict == "tie":
+        text += f"<em>parts from PyTorch's at a tie: its two best tokens are {caption.gap:.2g} apart</em>"
+    return text
+
+
+def _pictures_kind(samples: Sequence[Sample]) -> str:
+    if all(sample.kind == "given" for sample in samples):
+        return f"{len(samples)} pictures given with --pictures"
+    return f"{len(samples)} pictures drawn by the exporter, not photographs; give your own with --pictures"
+
+
+def _parity(parity: Parity) -> Iterable[str]:
+    yield "<h2>Against PyTorch</h2>"
+    yield (
+        f"<p>Largest error of each output, run by the runtime. Allowed is {parity.relative_tolerance:g} of the "
+        f"output's largest value.</p>"
+    )
+    rows = (
+        (o.output, f"{o.max_abs_error:.2e}", f"{o.tolerance:.2e}", f"{o.largest_value:.3g}", str(o.cases), o.worst_case)
+        for o in parity.outputs
+    )
+    yield _table(("output", "error", "allowed", "largest value", "cases", "worst at"), rows)
+
+
+def _sizes(facts: Facts) -> Iterable[str]:
+    plan = facts.plan
+    yield "<h2>Sizes</h2>"
+    rows = [(name, f"{file.size_bytes:,}") for name, file in facts.manifest.files.items()]
+    rows += [
+        ("together, without this report", f"{facts.bundle_bytes:,}"),
+        ("unique weights", f"{plan.unique_weight_bytes:,}"),
+        ("the first over the second", f"{facts.bundle_ratio:.4f}"),
+    ]
+    yield _table(("file", "bytes"), rows)
+    yield (
+        f"<p>Expected memory with all graphs open: about {megabytes(plan.resident_bytes)}. A picture's keys and values "
+        f"take {megabytes(plan.cross_bytes)}, a beam of {plan.max_tokens} tokens {megabytes(plan.cache_bytes)}.</p>"
+    )
+
+
+def _times(facts: Facts) -> Iterable[str]:
+    yield "<h2>Times</h2><p>Through the runtime, on the machine that exported, with its default options.</p>"
+    yield _table(("what", "ms"), ((t.what, f"{t.milliseconds:.2f}") for t in facts.parity.timings))
+    yield _table(("step of the export", "s"), ((step, f"{s:.1f}") for step, s in facts.export_seconds.items()))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """All cells are escaped."""
+    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    return f'<div class="table"><table><tr>{titles}</tr>{cells}</table></div>'
+
+
+def _jpeg(pixels: NDArray[np.uint8]) -> str:
+    """A small copy of uint8[H, W, 3], RGB, as a data URL."""
+    scale = min(1.0, THUMBNAIL_PX / max(pixels.shape[:2]))
+    size = tuple(max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    _, data = cv2.imencode(".jpg", np.ascontiguousarray(small[:, :, ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Export report: {title}</title>
+<style>
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { margin: .5rem 0; } h2 { margin: 2rem 0 .5rem; font-size: 1.2rem; }
+.good { border-left: 4px solid #2a8a4a; background: var(--soft); padding: .5rem .75rem; }
+.table { overflow-x: auto; margin: .5rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; overflow-wrap: normal; }
+th, td { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child, th:nth-child(6), td:nth-child(6) { text-align: left; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; }
+figure { margin: 0; } img { width: 100%; border-radius: 6px; display: block; }
+figcaption { font-size: .9rem; padding-top: .25rem; } figcaption > * { display: block; } small { opacity: .7; }
+</style>
+<body>
+{body}
+</body>
+</html>
+"""

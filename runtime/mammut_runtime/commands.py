@@ -1,0 +1,33 @@
+"""The command mammut-run: a thin shell over the runtime. One module for each group of subcommands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from mammut_runtime import console
+from mammut_runtime.commands_bench import bench
+from mammut_runtime.commands_checks import doctor, verify
+from mammut_runtime.commands_pictures import ask, caption, match
+from mammut_runtime.commands_search import search
+from mammut_runtime.doctor import DISTRIBUTION
+
+
+@click.group("mammut-run")
+@click.version_option(package_name=DISTRIBUTION, message="%(package)s %(version)s")
+def cli() -> None:
+    """Run a MaMMUT bundle on this device: caption pictures, ask about them, match and find them.
+
+    Exit codes: 0 done; 1 numbers differ from what was promised; 2 the input, an option or a bundle cannot be used, or
+    some pictures of many could not; 70 a bug (MAMMUT_DEBUG=1 shows where); 130 interrupted.
+    """
+
+
+for command in (caption, ask, match, search, verify, bench, doctor):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point: runs the command line and returns the exit code."""
+    return console.run(cli, arguments)

@@ -1,0 +1,171 @@
+"""mammut-run bench: how fast a bundle is on this machine. Medians, and one JSON line last."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from mammut_runtime import console
+from mammut_runtime.canary import canary_picture
+from mammut_runtime.caption_options import CaptionOptions
+from mammut_runtime.commands_inputs import ModelSettings, json_option, model_options
+from mammut_runtime.doctor import bundle_bytes, examine, peak_memory_bytes
+from mammut_runtime.model import Model, Seen
+from mammut_runtime.onnx_external import external_tensors
+
+WARM_UP = 2
+PROMPTS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchResult:
+    """Medians of one run."""
+
+    open_ms: float
+    """Reading the manifest and checking every hash."""
+    encode_ms: float
+    """A picture of the model's own size, normalisation included, no resizing."""
+    encode_1080p_ms: float
+    """A camera frame of 1920 x 1080."""
+    text_1_ms: float | None
+    text_64_ms: float | None
+    """Text tower, tokenizer included; None for a bundle without it."""
+    caption_ms: float | None
+    """Greedy, `tokens` long, of a picture that was already encoded; None for a bundle without a decoder."""
+    tokens: int
+    """Of the caption, the end counted."""
+    tokens_per_s: float | None
+    """After the first token."""
+    peak_memory_bytes: int | None
+    """Of the whole process."""
+    bundle_bytes: int
+    unique_weight_bytes: int
+    """Of weights that the graphs take from weights.bin, each counted once."""
+    threads: int
+    repeats: int
+
+
+@click.command()
+@click.option("--repeats", type=click.IntRange(1, 1000), default=10, help="Measurements of each kind. Default: 10.")
+@click.option("--tokens", type=click.IntRange(2, 1000), default=20, help="Length of the caption. Default: 20.")
+@json_option
+@model_options
+def bench(settings: ModelSettings, repeats: int, tokens: int, as_json: bool) -> None:
+    """Measure a bundle on this machine.
+
+    Encoding, texts, captions, memory: medians, one picture at a time. The last line is one JSON object.
+    """
+    result = measure(settings, repeats, tokens)
+    report = examine()
+    if not as_json:
+        machine, engine = report.machine, report.engines[0]
+        click.echo(
+            f"{settings.bundle} on {machine.processor or machine.system}, {result.threads} of {machine.physical_cores} "
+            f"cores, {engine.name} {engine.version}, batch 1, {WARM_UP} warm-up, median of {repeats}"
+        )
+        for line in describe(result):
+            click.echo(line)
+    console.echo_json(
+        {
+            "bundle": str(settings.bundle),
+            "engine": dataclasses.asdict(settings.engine),
+            "machine": dataclasses.asdict(report.machine),
+            "versions": {each.name: each.version for each in report.software},
+            "warm_up": WARM_UP,
+            **dataclasses.asdict(result),
+        }
+    )
+
+
+def measure(settings: ModelSettings, repeats: int, tokens: int) -> BenchResult:
+    """Measure the parts that the bundle has."""
+    started = time.perf_counter()
+    with settings.load() as model:
+        open_ms = (time.perf_counter() - started) * 1000
+        graphs, size = model.manifest.graphs, model.manifest.preprocess.size
+        picture, frame = canary_picture(1, (size, size)), canary_picture(2, (1080, 1920))
+        texts = _Texts(model)
+        captions = _captions(model, model.encode(picture), repeats, tokens) if "decoder" in graphs else None
+        return BenchResult(
+            open_ms=open_ms,
+            encode_ms=_median_ms(lambda: model.encode(picture), repeats),
+            encode_1080p_ms=_median_ms(lambda: model.encode(frame), repeats),
+            text_1_ms=_median_ms(lambda: texts.embed(1), repeats) if "text" in graphs else None,
+            text_64_ms=_median_ms(lambda: texts.embed(PROMPTS), max(1, repeats // 2)) if "text" in graphs else None,
+            caption_ms=captions[0] if captions else None,
+            tokens=captions[1] if captions else 0,
+            tokens_per_s=captions[2] if captions else None,
+            peak_memory_bytes=peak_memory_bytes(),
+            bundle_bytes=bundle_bytes(settings.bundle),
+            unique_weight_bytes=unique_weight_bytes(model),
+            threads=settings.engine.threads or examine().machine.physical_cores,
+            repeats=repeats,
+        )
+
+
+def unique_weight_bytes(model: Model) -> int:
+    """Bytes of weights.bin that the bundle's graphs refer to, those of several graphs counted once."""
+    ranges = set()
+    for info in model.manifest.graphs.values():
+        for tensor in external_tensors(model.bundle.read(info.file), info.file):
+            ranges.add((tensor.location, tensor.offset_bytes, tensor.length_bytes or 0))
+    return sum(length for _, _, length in ranges)
+
+
+def describe(result: BenchResult) -> list[str]:
+    """The figures as lines for people."""
+    rows: list[tuple[str, float | None, str]] = [
+        ("open, every hash checked", result.open_ms, "ms"),
+        ("picture encode", result.encode_ms, "ms"),
+        ("picture encode, 1920x1080", result.encode_1080p_ms, "ms"),
+        ("text tower, 1 prompt", result.text_1_ms, "ms"),
+        (f"text tower, {PROMPTS} prompts", result.text_64_ms, "ms"),
+        (f"caption, {result.tokens} tokens, greedy", result.caption_ms, "ms"),
+        ("tokens per second", result.tokens_per_s, ""),
+        ("peak memory", None if result.peak_memory_bytes is None else result.peak_memory_bytes / 1e6, "MB"),
+        ("bundle", result.bundle_bytes / 1e6, "MB"),
+        ("unique weights", result.unique_weight_bytes / 1e6, "MB"),
+    ]
+    return [f"{name:<32}{value:>10.1f} {unit}".rstrip() for name, value, unit in rows if value is not None]
+
+
+class _Texts:
+    """Prompts that were never asked before: the model remembers the embeddings of texts."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._count = model, 0
+
+    def embed(self, count: int) -> None:
+        self._count += count
+        self._model.embed_texts([f"a photo of a thing {self._count + each:05d}" for each in range(count)])
+
+
+def _captions(model: Model, seen: Seen, repeats: int, tokens: int) -> tuple[float, int, float | None]:
+    """Milliseconds of a caption, its tokens (the end counted), and tokens per second after the first."""
+    whole = CaptionOptions(beams=1, min_tokens=tokens - 1, max_tokens=tokens)
+    first = CaptionOptions(beams=1, max_tokens=1)
+
+    def fresh(options: CaptionOptions) -> Callable[[], Any]:
+        # A new Seen each time: its keys and values of the picture are part of a caption's cost.
+        return lambda: model.see(seen.tokens, seen.embedding).caption(options)
+
+    caption = seen.caption(whole)
+    written = len(caption.ids) + int(caption.finished)
+    caption_ms, first_ms = _median_ms(fresh(whole), repeats), _median_ms(fresh(first), repeats)
+    step_ms = (caption_ms - first_ms) / (written - 1) if written > 1 else 0.0
+    return caption_ms, written, 1000 / step_ms if step_ms > 0 else None
+
+
+def _median_ms(function: Callable[[], Any], repeats: int) -> float:
+    taken = []
+    for index in range(WARM_UP + repeats):
+        started = time.perf_counter()
+        function()
+        if index >= WARM_UP:
+            taken.append((time.perf_counter() - started) * 1000)
+    return statistics.median(taken)
