@@ -28,16 +28,17 @@ def main() -> None:
         venv.create(environment, with_pip=True)
         python = next(environment.glob("bin/python")) if sys.platform != "win32" else environment / "Scripts/python.exe"
         packages = next(environment.rglob("site-packages"))
-        before = size_bytes(packages)
+        there_before = set(packages.iterdir())
         subprocess.run(
             [python, "-m", "pip", "install", "--quiet", "--no-compile", "-c", str(ROOT / "constraints.txt"),
              f"{ROOT}[onnxruntime]"],
             check=True,
         )  # fmt: skip
-        installed = size_bytes(packages) - before
+        new = [each for each in packages.iterdir() if each not in there_before]
+        installed = sum(map(size_bytes, new))
         if (packages / "torch").exists():
             raise SystemExit("error: torch was installed; the runtime must not need it")
-        largest = sorted(((size_bytes(each), each.name) for each in packages.iterdir() if each.is_dir()), reverse=True)
+        largest = sorted(((size_bytes(each), each.name) for each in new), reverse=True)
         subprocess.run([python, "-c", IMPORT], check=True)  # compiles
         bare = median(seconds([str(python), "-c", "pass"]) for _ in range(REPEATS))
         whole = median(seconds([str(python), "-c", IMPORT]) for _ in range(REPEATS))
@@ -49,7 +50,8 @@ def main() -> None:
 
 
 def size_bytes(folder: Path) -> int:
-    return sum(each.stat().st_size for each in folder.rglob("*") if each.is_file() and not each.is_symlink())
+    files = folder.rglob("*") if folder.is_dir() else [folder]
+    return sum(each.stat().st_size for each in files if each.is_file() and not each.is_symlink())
 
 
 def seconds(command: list[str]) -> float:

@@ -197,7 +197,7 @@ def _photos(judge: Judge, pairs: list[Pair], trained: list[Pair]) -> dict[str, A
     texts = [pair.captions[0] for pair in pairs]
     scores = embeddings @ judge.embed(texts).T
     neighbours = [trained[n].captions[0] for n in _neighbours(pairs, trained)]
-    overlap = _word_overlap(neighbours, texts)
+    overlap = word_overlap(neighbours, texts)
     every = torch.arange(len(pairs))
     return {
         "pictures": len(pairs),
@@ -252,7 +252,7 @@ def _thumbnails(pairs: Sequence[Pair]) -> F32:
     return np.stack(small).reshape(len(pairs), -1).astype(np.float32) / np.float32(255)
 
 
-def _word_overlap(given: Sequence[str], texts: Sequence[str]) -> Tensor:
+def word_overlap(given: Sequence[str], texts: Sequence[str]) -> Tensor:
     """float32[len(given), len(texts)]: cosine of word counts, rare words counting more."""
     split = [text.lower().split() for text in [*given, *texts]]
     seen = Counter(word for words in split for word in set(words))

@@ -140,7 +140,7 @@ class TwoPass(nn.Module):
 
     def _caption_sum(self, tokens: Tensor, batch: PairBatch) -> Tensor:
         hidden = self.model.text.caption(batch.ids, self.model.memory(tokens))
-        rows, targets = hidden[batch.counted], batch.targets[batch.counted]
+        rows, targets = self.counted_rows(hidden, batch)
         total = rows.new_zeros((), dtype=torch.float32)
         for some, wanted in zip(torch.split(rows, CAPTION_ROWS), torch.split(targets, CAPTION_ROWS), strict=True):
             if self.recompute_logits and torch.is_grad_enabled():
@@ -149,6 +149,10 @@ class TwoPass(nn.Module):
                 part = self._cost(some, wanted)
             total = total + part
         return total
+
+    def counted_rows(self, hidden: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """float[N, W] and int64[N]: hidden states and targets of the tokens that count."""
+        return hidden[batch.counted], batch.targets[batch.counted]
 
     def _cost(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.model.text.vocabulary_logits(hidden).float()

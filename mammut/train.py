@@ -30,6 +30,7 @@ from mammut.data import Corpus
 from mammut.initial import structured_start
 from mammut.losses import caption_cross_entropy, focal_contrastive, info_nce, same
 from mammut.model import Mammut
+from mammut.muon import Muon, block_matrices
 from mammut.vision import resize_positions
 from mammut.workers import Crew, run_together
 from mammut_runtime.errors import InputError, MammutError
@@ -64,6 +65,8 @@ class TrainOptions:
     """Processes, one thread each if there are several (see workers.py)."""
     learning_rate: float = 1e-3
     """Peak, of AdamW."""
+    muon_learning_rate: float | None = None
+    """Peak, of Muon for the matrices of the blocks (see muon.py); None leaves them to AdamW."""
     weight_decay: float = 0.1
     """On matrices only."""
     warmup_steps: int = 100
@@ -161,10 +164,13 @@ class Trainer:
         if options.initial == "structured":
             structured_start(model, options.seed)
         self.objective = Objective(model, options)
-        self.optimizer = _adamw(model, options)
+        matrices = {} if options.muon_learning_rate is None else block_matrices(model)
+        self.muon = Muon(matrices) if matrices else None
+        self.optimizer = _adamw(model, options, set(matrices))
         self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
         _stochastic_depth(model, options.drop_path, self.generator)
         self.step, self.elapsed_s = 0, 0.0
+        self._started: float | None = None
 
     @property
     def progress(self) -> float:
@@ -208,18 +214,19 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """One batch; returns float32[2]: contrastive and caption loss, averaged over the workers."""
-        began, options, size = time.monotonic(), self.options, self.image_size
+        options, size = self.options, self.image_size
         batch = self.batcher.draw(max(1, options.batch_size // options.workers), size)
+        rate = schedule(self.step, options.warmup_steps, self.progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * schedule(self.step, options.warmup_steps, self.progress)
+            group["lr"] = options.learning_rate * rate
         with _fast_attention(), torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
             contrastive, caption = functional_call(self.objective, self._positions(size), (batch,))
             loss = options.contrastive_weight * contrastive + options.caption_weight * caption
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         with _fast_attention():
             loss.backward()
         losses = [contrastive.detach().float(), caption.detach().float()]
-        measured = torch.stack([*losses, torch.tensor(self._elapsed(began))])
+        measured = torch.stack([*losses, torch.tensor(self._clock())])
         if self.crew is not None:
             measured = self._average_gradients(self.crew, measured)
         if not bool(torch.isfinite(measured).all()):
@@ -229,21 +236,26 @@ class Trainer:
             )
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
         self.optimizer.step()
+        if self.muon is not None and options.muon_learning_rate is not None:
+            self.muon.step(options.muon_learning_rate * rate, self.crew, 2 * self.step + 1)
         self.step += 1
         if self.rank == 0:
             self._update_average()
         # The clock all workers go by is the same number for all, so that they change picture size and end together.
-        self.elapsed_s = float(measured[2]) if self.crew is not None else self._elapsed(began)
+        self.elapsed_s = float(measured[2])
         return measured[:2]
 
-    def _elapsed(self, began: float) -> float:
-        return self.elapsed_s + time.monotonic() - began
+    def _clock(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        if self._started is None:
+            self._started = time.monotonic() - self.elapsed_s
+        return time.monotonic() - self._started
 
     def _average_gradients(self, crew: Crew, measured: Tensor) -> Tensor:
         """Replace each worker's gradients by the mean over the workers; returns the mean of `measured`."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         flat = torch.cat([*(p.grad.flatten() for p in parameters if p.grad is not None), measured])
-        mean = crew.average(flat, self.step)
+        mean = crew.average(flat, 2 * self.step)
         start = 0
         for parameter in parameters:
             assert parameter.grad is not None
@@ -271,6 +283,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
+            "muon": {} if self.muon is None else self.muon.buffers,
             "generators": generators,
             "step": self.step,
             "elapsed_s": self.elapsed_s,
@@ -290,10 +303,12 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"{path}: does not fit this run's model: {str(error).splitlines()[0]}") from error
+        if self.muon is not None:
+            self.muon.buffers = state["muon"]
         self.average = state["average"]
         if len(state["generators"]) != self.options.workers:
             raise InputError(f"{path}: was saved by {len(state['generators'])} workers; resume with as many")
-        self.generator.set_state(state["generators"][self.rank])
+        self.generator.set_state(state["generators"][self.rank].clone())  # of a view, PyTorch reads past the end
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
 
     def _positions(self, size: int) -> dict[str, Tensor]:
@@ -381,12 +396,14 @@ def write_checkpoint(
     save_checkpoint(folder, trainer.averaged(), tokenizer_json, rule, prompts, dtype=torch.float16)
 
 
-def _adamw(model: Mammut, options: TrainOptions) -> torch.optim.AdamW:
+def _adamw(model: Mammut, options: TrainOptions, others: set[str]) -> torch.optim.AdamW:
+    """Of all parameters but `others`; weight decay on matrices only."""
     free = {"positions", "class_token", "token_embedding.weight"}
-    decayed = {n for n, p in model.named_parameters() if p.ndim > 1 and not any(n.endswith(f) for f in free)}
+    own = {n: p for n, p in model.named_parameters() if n not in others}
+    decayed = {n for n, p in own.items() if p.ndim > 1 and not any(n.endswith(f) for f in free)}
     groups = [
-        {"params": [p for n, p in model.named_parameters() if n in decayed], "weight_decay": options.weight_decay},
-        {"params": [p for n, p in model.named_parameters() if n not in decayed], "weight_decay": 0.0},
+        {"params": [p for n, p in own.items() if n in decayed], "weight_decay": options.weight_decay},
+        {"params": [p for n, p in own.items() if n not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98), fused=True)
 

@@ -1,14 +1,16 @@
 """Several single-threaded processes train one model together: each takes its own pictures, all average their gradients.
 
 On a CPU that is faster than one process with many threads, which meet at a barrier thousands of times a step (and wait
-there for any thread that another program has pushed aside); processes meet once a step.
+there for any thread that another program has pushed aside); processes meet once or twice a step.
 """
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from typing import TypeVar
 
@@ -31,14 +33,17 @@ class Crew:
     rank: int
     size: int
     shared: Tensor
-    """float32[2, size, length] in shared memory: two buffers in turns, so that one meeting a step is enough."""
+    """float32[2, size, length] in shared memory: two buffers in turns, so that one meeting an exchange is enough."""
     generators: Tensor
     """uint8[size, bytes] in shared memory: the state of each worker's random generator, for saving."""
     barrier: Barrier
 
-    def average(self, values: Tensor, step: int) -> Tensor:
-        """The mean over all workers of float32[length] vectors; the same bits for each of them."""
-        buffer = self.shared[step % 2]
+    def average(self, values: Tensor, turn: int) -> Tensor:
+        """The mean over all workers of float32[length] vectors; the same bits for each of them.
+
+        turn: 0, 1, 2, ... from call to call: a worker may write the next vector while others still read this one.
+        """
+        buffer = self.shared[turn % 2]
         buffer[self.rank, : len(values)] = values
         self.meet()
         return buffer[:, : len(values)].mean(dim=0)
@@ -69,6 +74,7 @@ def run_together(work: Callable[[J, Crew], None], job: J, size: int, length: int
     others = [context.Process(target=_other, args=(work, job, crew), daemon=True) for crew in crews[1:]]
     for process in others:
         process.start()
+    threading.Thread(target=_watch, args=(others, barrier), daemon=True).start()
     try:
         work(job, crews[0])
         for process in others:
@@ -77,6 +83,17 @@ def run_together(work: Callable[[J, Crew], None], job: J, size: int, length: int
         for process in others:
             if process.is_alive():
                 process.terminate()
+
+
+def _watch(processes: Sequence[BaseProcess], barrier: Barrier) -> None:
+    """Free the waiting workers as soon as one has died, also of what Python cannot catch."""
+    waiting = {process.sentinel: process for process in processes}
+    while waiting:
+        for sentinel in multiprocessing.connection.wait(list(waiting)):
+            process = waiting.pop(sentinel)  # type: ignore[arg-type]
+            process.join()
+            if process.exitcode != 0:
+                barrier.abort()
 
 
 def _other(work: Callable[[J, Crew], None], job: J, crew: Crew) -> None:

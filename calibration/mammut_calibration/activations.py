@@ -42,7 +42,7 @@ def library() -> Any:
     try:
         import onnx
     except ImportError as problem:
-        raise EngineError(f"calibration needs the onnx library, which does not load ({problem}); {INSTALL}") from problem
+        raise EngineError(f"this needs the onnx library, which does not load ({problem}); {INSTALL}") from problem
     return onnx
 
 

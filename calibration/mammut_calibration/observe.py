@@ -75,7 +75,7 @@ class ObservedEngine:
             try:
                 values = session.run(wanted, feeds)
             except Exception as problem:  # ONNX Runtime's exceptions share no class of their own
-                raise EngineError(f"{self._path.name}: ONNX Runtime failed: {' '.join(str(problem).split())}") from problem
+                raise EngineError(f"{self._path.name}: ONNX Runtime failed: {_line(problem)}") from problem
             for name, value in zip(wanted, values, strict=True):
                 if name in self._shown:
                     self._watch(name, value)
@@ -107,7 +107,11 @@ def open_session(model: Any, folder: Path, where: str, threads: int = 0) -> Any:
     try:
         return ort.InferenceSession(model.SerializeToString(), sess_options=settings, providers=[CPU])
     except Exception as problem:
-        raise EngineError(f"{where}: ONNX Runtime {ort.__version__} refuses it: {' '.join(str(problem).split())}") from problem
+        raise EngineError(f"{where}: ONNX Runtime {ort.__version__} refuses it: {_line(problem)}") from problem
+
+
+def _line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:500]
 
 
 def with_outputs(model: Any, names: Sequence[str], keep: bool = True) -> Any:

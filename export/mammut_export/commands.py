@@ -28,7 +28,8 @@ TASK_NAMES = "caption,ask,match,search"
 )
 @click.option(
     "--pictures", multiple=True, type=click.Path(exists=True, path_type=Path), metavar="PATH",
-    help="Pictures to check with, a file or a folder; may be repeated  [default: a few that are drawn]",
+    help="Pictures to check with, a file or a folder; may be repeated. The report shows them, small.  "
+    "[default: a few that are drawn]",
 )  # fmt: skip
 @click.option(
     "--tolerance", type=float, metavar="X", help="Largest error, of an output's largest value  [default: by precision]"
@@ -66,14 +67,10 @@ def cli(
     steps("loading the checkpoint")
     loaded = load_checkpoint(checkpoint, image_size=image_size)
     if dry_run or out is None:
-        steps.finish()
         for line in describe(plan_export(loaded, options)):
             click.echo(line)
         return
-    try:
-        result = export(loaded, out, options, overwrite=overwrite, progress=steps)
-    finally:
-        steps.finish()
+    result = export(loaded, out, options, overwrite=overwrite, progress=steps)
     for line in _summary(result):
         click.echo(line)
 
@@ -84,20 +81,14 @@ def main() -> int:
 
 
 class _Steps:
-    """Shows on a terminal what is being done, one line that is replaced; elsewhere says nothing."""
+    """Says on a terminal what is being done, a line for each step; elsewhere nothing."""
 
     def __init__(self) -> None:
-        self._progress: console.Progress | None = None
         self._start = time.monotonic()
 
     def __call__(self, step: str) -> None:
-        self.finish()
-        self._progress = console.Progress(step)
-        self._progress.__enter__()
-
-    def finish(self) -> None:
-        if self._progress is not None:
-            self._progress.clear()
+        if sys.stderr.isatty():
+            console.note(f"{time.monotonic() - self._start:6.1f} s  {step}")
 
 
 def _summary(result: object) -> list[str]:

@@ -27,7 +27,7 @@ from mammut_export.samples import Sample, load_samples
 from mammut_export.weights import WeightStore, halve_matrices, move_to_store
 from mammut_runtime.bundle import hash_files, publish, write_manifest
 from mammut_runtime.canary import compare
-from mammut_runtime.errors import InputError, VerificationError
+from mammut_runtime.errors import CheckpointError, InputError, VerificationError
 from mammut_runtime.manifest import (
     TOKENIZER_FILE,
     WEIGHTS_FILE,
@@ -122,7 +122,6 @@ def export(
     stopwatch = _Stopwatch(progress)
     with publish(out, overwrite) as folder, _few_threads(plan.parameters):
         manifest = _write_bundle(folder, checkpoint, options, plan, stopwatch)
-        stopwatch("comparing with PyTorch")
         tolerance = options.tolerance or DEFAULT_TOLERANCE[options.precision]
         parity = verify(folder, manifest, checkpoint, samples, tolerance, stopwatch)
         parity.check()
@@ -135,25 +134,29 @@ def export(
 
 
 def text_rule(checkpoint: Checkpoint, max_tokens: int | None) -> TextRule:
-    """How the bundle treats texts. Raises InputError for a max_tokens that the context does not hold."""
+    """How the bundle treats texts.
+
+    Raises InputError for a max_tokens that the context does not hold, CheckpointError for prompts of no known form.
+    """
     text, tokenizer = checkpoint.model.config.text, checkpoint.tokenizer
     prompt = 1 + len(tokenizer.encode(checkpoint.prompts.get("caption", "")))
     room = text.context_length - prompt
-    if max_tokens is not None and max_tokens > room:
+    if room < 1 or (max_tokens or 1) > room:
         raise InputError(
-            f"max_tokens: expected at most {room}, got {max_tokens}; the model has {text.context_length} positions and "
-            f"the caption prompt takes {prompt}"
+            f"max_tokens: expected at most {max(room, 0)}, got {max_tokens or 1}; the model has {text.context_length} "
+            f"positions and the caption prompt takes {prompt}"
         )
-    return TextRule(
-        context_length=text.context_length,
-        max_tokens=max_tokens or min(USUAL_MAX_TOKENS, room),
-        text_length=text.text_length,
-        pad_id=tokenizer.pad_id,
-        start_id=tokenizer.start_id,
-        end_id=tokenizer.end_id,
-        mask_pads=text.mask_pads,
-        prompts=checkpoint.prompts,
-    )
+    with _describing(checkpoint):
+        return TextRule(
+            context_length=text.context_length,
+            max_tokens=max_tokens or min(USUAL_MAX_TOKENS, room),
+            text_length=text.text_length,
+            pad_id=tokenizer.pad_id,
+            start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id,
+            mask_pads=text.mask_pads,
+            prompts=checkpoint.prompts,
+        )
 
 
 def model_info(checkpoint: Checkpoint) -> ModelInfo:
@@ -177,12 +180,19 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
     )
 
 
-def write_graphs(folder: Path, checkpoint: Checkpoint, graphs: Sequence[str], precision: str) -> dict[str, GraphInfo]:
+def write_graphs(
+    folder: Path,
+    checkpoint: Checkpoint,
+    graphs: Sequence[str],
+    precision: str,
+    progress: Callable[[str], None] = lambda step: None,
+) -> dict[str, GraphInfo]:
     """Trace the graphs and write their .onnx files and one weights.bin; what the files hold, for the manifest."""
     contract = graph_contract(model_info(checkpoint), checkpoint.preprocess.size)
     found = {}
     with WeightStore(folder / WEIGHTS_FILE) as store:
         for name in graphs:
+            progress(f"tracing {name}")
             onnx_model = onnx_graphs.to_onnx(traceable(name, checkpoint.model, contract[name]))
             if precision == "fp16":
                 halve_matrices(onnx_model)
@@ -231,27 +241,37 @@ def _write_bundle(
 ) -> Manifest:
     """All but the report; the manifest has no parity yet."""
     names = tuple(graph.name for graph in plan.graphs)
-    progress(f"tracing {', '.join(names)}")
-    graphs = write_graphs(folder, checkpoint, names, options.precision)
+    graphs = write_graphs(folder, checkpoint, names, options.precision, progress)
     (folder / TOKENIZER_FILE).write_bytes(checkpoint.tokenizer_json)
     progress("computing the canary")
     rule = text_rule(checkpoint, options.max_tokens)
-    manifest = Manifest(
-        target=options.target,  # type: ignore[arg-type]  # checked by ExportOptions
-        precision=options.precision,  # type: ignore[arg-type]
-        opset=onnx_graphs.OPSET,
-        made_by=_made_by(checkpoint),
-        model=model_info(checkpoint),
-        preprocess=checkpoint.preprocess,
-        text=rule,
-        graphs=graphs,
-        parity={},
-        quantization={},
-        files=hash_files(folder),
-        canary=make_canary(checkpoint, names, rule, options.precision),
-    )
+    canary = make_canary(checkpoint, names, rule, options.precision)
+    with _describing(checkpoint):
+        manifest = Manifest(
+            target=options.target,  # type: ignore[arg-type]  # checked by ExportOptions
+            precision=options.precision,  # type: ignore[arg-type]
+            opset=onnx_graphs.OPSET,
+            made_by=_made_by(checkpoint),
+            model=model_info(checkpoint),
+            preprocess=checkpoint.preprocess,
+            text=rule,
+            graphs=graphs,
+            parity={},
+            quantization={},
+            files=hash_files(folder),
+            canary=canary,
+        )
     write_manifest(folder, manifest)
     return manifest
+
+
+@contextlib.contextmanager
+def _describing(checkpoint: Checkpoint) -> Iterator[None]:
+    """The manifest's dataclasses refuse what a device could not use; here the checkpoint is what is at fault."""
+    try:
+        yield
+    except ValueError as problem:
+        raise CheckpointError(f"{checkpoint.source}: no bundle can be made of it: {problem}") from problem
 
 
 def _check_canary(folder: Path, manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ best tokens are closer to each other than the tolerance, either is right.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from mammut_runtime.manifest import Manifest, ParityInfo
 from mammut_runtime.model import Model
 from mammut_runtime.preprocess import Preprocessor
 
-DEFAULT_TOLERANCE = {"fp32": 5e-5, "fp16": 1e-2}
+DEFAULT_TOLERANCE = {"fp32": 5e-5, "fp16": 5e-3}
 """Precision → largest error allowed, as a part of the output's largest value. fp32: ten times what ONNX Runtime and
-PyTorch differ by on deep models. fp16: float16 keeps 11 bits of each weight, 5e-4; a deep model adds that up."""
+PyTorch differ by on deep models. fp16: float16 keeps 11 bits of each weight, 5e-4; models of 4 to 12 blocks came to
+7e-4 in their outputs."""
 ERROR_FLOOR = 1e-7
 """Of values near 1. An output that is all zeros would otherwise have the tolerance 0."""
 
@@ -138,12 +140,11 @@ def verify(
     shapes = []
     for name, info in manifest.graphs.items():
         progress(f"replaying {name}")
-        engine = open_engine(folder / info.file, manifest.target)
-        for label, got, wanted in replay(name, checkpoint.model, info, engine):
-            shapes.append(f"{name}: {label}")
-            for output, reference in wanted.items():
-                ledger.add(f"{name}.{output}", label, got.get(output), reference)
-        engine.close()
+        with contextlib.closing(open_engine(folder / info.file, manifest.target)) as engine:
+            for label, got, wanted in replay(name, checkpoint.model, info, engine):
+                shapes.append(f"{name}: {label}")
+                for output, reference in wanted.items():
+                    ledger.add(f"{name}.{output}", label, got.get(output), reference)
     progress("comparing pictures and texts")
     with Model.load(folder, verify=False) as model:
         pixels, drift = _compare_pictures(ledger, model, checkpoint, samples)
@@ -235,7 +236,7 @@ def _compare_captions(
             yield CaptionParity(sample.name, caption.text, caption.ids, tuple(wanted), "same", None)
             continue
         gap = _gap(checkpoint, each, prompt, [*caption.ids, rule.end_id], [*wanted, rule.end_id])
-        verdict: Literal["tie", "different"] = "tie" if gap <= limit else "different"
+        verdict: Literal["tie", "different"] = "tie" if abs(gap) <= limit else "different"
         yield CaptionParity(sample.name, caption.text, caption.ids, tuple(wanted), verdict, gap)
 
 

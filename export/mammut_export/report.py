@@ -101,7 +101,8 @@ def as_html(facts: Facts) -> str:
     manifest, parity = facts.manifest, facts.parity
     same = sum(caption.verdict == "same" for caption in parity.captions)
     ties = sum(caption.verdict == "tie" for caption in parity.captions)
-    verdict = f"{len(parity.outputs)} outputs within tolerance over {len(parity.shapes)} shapes and {len(facts.samples)} pictures"
+    verdict = f"{len(parity.outputs)} outputs within tolerance over {len(parity.shapes)} shapes"
+    verdict += f" and {len(facts.samples)} pictures"
     if parity.captions:
         verdict += f"; {same} of {len(parity.captions)} greedy captions the same token for token"
         verdict += f", {ties} parted at a tie" if ties else ""

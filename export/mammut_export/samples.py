@@ -17,6 +17,8 @@ from mammut_runtime.pictures import read_picture
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PICTURES = 32
 """More would only make the export slower: each takes one uncached caption by the reference."""
+MAX_PIXELS = 400_000_000
+"""Of all pictures together; they are held in memory, three bytes each."""
 TEXTS = (
     "a photo of a cat",
     "two red flowers in the rain",
@@ -39,7 +41,8 @@ class Sample:
 def load_samples(places: tuple[Path, ...]) -> tuple[Sample, ...]:
     """Pictures from files and folders (not their subfolders), in order of name; without any, the drawn ones.
 
-    Raises InputError for a place without pictures, a picture that cannot be read, or more than MAX_PICTURES.
+    Raises InputError for a place without pictures, a picture that cannot be read, or more than MAX_PICTURES or
+    MAX_PIXELS.
     """
     if not places:
         return drawn_samples()
@@ -51,7 +54,17 @@ def load_samples(places: tuple[Path, ...]) -> tuple[Sample, ...]:
         paths += found
     if len(paths) > MAX_PICTURES:
         raise InputError(f"{len(paths)} pictures to check with, expected at most {MAX_PICTURES}; give a smaller folder")
-    return tuple(Sample(path.name, read_picture(path).rgb(), "given") for path in paths)
+    samples: list[Sample] = []
+    pixels = 0
+    for path in paths:
+        samples.append(Sample(path.name, read_picture(path).rgb(), "given"))
+        pixels += samples[-1].pixels.shape[0] * samples[-1].pixels.shape[1]
+        if pixels > MAX_PIXELS:
+            raise InputError(
+                f"{path}: the pictures to check with have more than {MAX_PIXELS // 10**6} megapixels together; "
+                f"give fewer or smaller ones"
+            )
+    return tuple(samples)
 
 
 def drawn_samples() -> tuple[Sample, ...]:

@@ -14,7 +14,7 @@ from mammut_runtime.commands_search import search
 from mammut_runtime.doctor import DISTRIBUTION
 
 
-@click.group("mammut-run")
+@click.group("mammut-run", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name=DISTRIBUTION, message="%(package)s %(version)s")
 def cli() -> None:
     """Run a MaMMUT bundle on this device: caption pictures, ask about them, match and find them.

@@ -23,6 +23,7 @@ from mammut_runtime.commands_inputs import (
 )
 from mammut_runtime.errors import InputError
 from mammut_runtime.generation_openmammut import OpenMammutOptions
+from mammut_runtime.model import Model
 from mammut_runtime.results import Matches
 
 Function = Callable[..., Any]
@@ -99,23 +100,27 @@ def caption(
     PICTURES are files, folders (with their subfolders), or - for a list of files on standard input, one a line.
     """
     options = dataclasses.replace(options, prompt=prompt)
-    rules: CaptionOptions | OpenMammutOptions = options
-    if openmammut_rules:
-        if options != CaptionOptions():
-            raise InputError("--openmammut-rules has its own settings; leave out the other options of generation")
-        rules = OpenMammutOptions()
+    if openmammut_rules and options != CaptionOptions():
+        raise InputError("--openmammut-rules has its own settings; leave out the other options of generation")
     if stream and (as_json or openmammut_rules):
         raise InputError("--stream shows words as they come; it does not go with --json or --openmammut-rules")
     with settings.load() as model:
         run = PictureRun(model, pictures, "captions", as_json, annotate_in)
         if stream:
             return _stream(run, options)
+        rules = _openmammut_rules(model) if openmammut_rules else options
         with run.progress:
             for shown in run.shown(batch_size):
                 for each, found in zip(shown, model.caption_batch([one.seen for one in shown], rules), strict=True):
                     run.line(each, found.to_dict(), found.text)
                     run.finish(each, [found.text])
         return run.exit_code()
+
+
+def _openmammut_rules(model: Model) -> OpenMammutOptions:
+    """The public code's own settings; its length is cut to a decoder that holds less."""
+    room = model.manifest.text.context_length
+    return OpenMammutOptions(seq_len=min(OpenMammutOptions().seq_len, room), max_seq_len=room)
 
 
 def _stream(run: PictureRun, options: CaptionOptions) -> int:

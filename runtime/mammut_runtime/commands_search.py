@@ -35,7 +35,7 @@ def make_index(
     with settings.load() as model, console.Progress("pictures") as progress:
         update = update_index(model, folder, index, progress=progress, batch_size=batch_size, rebuild=rebuild)
     for each in update.skipped:
-        console.note(f"error: {each.path}: {each.reason}")
+        console.note(f"error: {each.reason if each.path in each.reason else f'{each.path}: {each.reason}'}")
     if as_json:
         console.echo_json({"index": str(index), **update.to_dict()})
     else:

@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
@@ -48,14 +49,13 @@ DEBUG_VARIABLE = "MAMMUT_DEBUG"
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Run a click command as a whole process would, and return the exit code instead of exiting.
 
-    arguments: without the program's name; None takes them from the command line. The command's own name (which should
-    be the program's) begins its usage texts.
+    arguments: without the program's name; None takes them from the command line.
     A callback may return an int: it becomes the exit code (any other value, None included, means 0).
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         # Not command.main: it hides a broken pipe behind the exit code 1, which means something else here.
-        with command.make_context(command.name, given) as context:
+        with command.make_context(_program_name(command, arguments), given) as context:
             result = command.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as stop:  # --help, --version
@@ -72,6 +72,12 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     except Exception as problem:
         return _report(problem)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _program_name(command: click.Command, arguments: Sequence[str] | None) -> str | None:
+    """What usage texts call this program: the script it was started by, if it was."""
+    script = Path(sys.argv[0]).name if arguments is None else ""
+    return script if script and not script.endswith(".py") else command.name
 
 
 def error_line(problem: BaseException) -> str:

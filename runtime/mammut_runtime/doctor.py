@@ -196,12 +196,16 @@ def examine_machine() -> MachineReport:
 
 def peak_memory_bytes() -> int | None:
     """The most memory this process has held so far (resident set), or None where the system does not say."""
-    if sys.platform == "win32":
-        return None
-    import resource
+    if sys.platform == "darwin":
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        # Not getrusage: on Linux its figure survives exec, so it may be that of the program that started this one.
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, ValueError, StopIteration):
+        return None
 
 
 def describe(report: Report) -> list[str]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mammut_runtime.cached_decoder import CachedDecoder
 from mammut_runtime.caption_options import CaptionOptions
-from mammut_runtime.errors import InputError
+from mammut_runtime.errors import EngineError, InputError
 from mammut_runtime.probabilities import best, log_softmax, softmax
 
 Ids = NDArray[np.int64]
@@ -323,6 +323,9 @@ def _prompt_ids(prompt: Sequence[int], pictures: int) -> Ids:
 
 
 def _possible(scores: Floats) -> Floats:
-    if scores.max() == -np.inf:
+    top = scores.max()
+    if np.isnan(top):
+        raise EngineError("the decoder gave NaN in place of logits; replay the bundle's canary on this device")
+    if top == -np.inf:
         raise InputError("forbidden_ids and min_tokens together leave no token that may follow; forbid fewer ids")
     return scores

@@ -44,7 +44,7 @@ Image = NDArray[np.uint8] | Picture | str | Path | bytes
 ChannelOrder = Literal["rgb", "bgr"]
 
 BATCH = 8
-"""Pictures computed together by encode_batch; more gained no speed on CPUs and costs memory."""
+"""Pictures computed together unless said otherwise: enough to share the reading of weights, bounded in memory."""
 
 
 class Model:
@@ -113,8 +113,7 @@ class Model:
 
     def encode_batch(self, images: Sequence[Image], color: ChannelOrder = "rgb", batch_size: int = BATCH) -> list[Seen]:
         """Look at several pictures, `batch_size` at once. Raises InputError if one of them cannot be used."""
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        _check_batch_size(batch_size)
         seen: list[Seen] = []
         for start in range(0, len(images), batch_size):
             pixels = np.stack([self._pixels(each, color) for each in images[start : start + batch_size]])
@@ -142,15 +141,24 @@ class Model:
         return self.text.classifier(names, templates)
 
     def caption_batch(
-        self, seen: Sequence[Seen], options: CaptionOptions | OpenMammutOptions | None = None
+        self,
+        seen: Sequence[Seen],
+        options: CaptionOptions | OpenMammutOptions | None = None,
+        batch_size: int = BATCH,
     ) -> list[Caption]:
-        """A caption for each picture, computed together; the same captions as one by one. [] for no pictures."""
-        if not seen:
-            return []
-        memories = self._memories(seen)
-        if isinstance(options, OpenMammutOptions):
-            return self.captioner.caption_openmammut(memories, options)
-        return self.captioner.caption(memories, options or CaptionOptions())
+        """A caption for each picture, `batch_size` computed together; the same captions as one by one.
+
+        Raises InputError for a prompt that is empty or too long, and for pictures that another model has seen.
+        """
+        _check_batch_size(batch_size)
+        captions: list[Caption] = []
+        for start in range(0, len(seen), batch_size):
+            memories = self._memories(seen[start : start + batch_size])
+            if isinstance(options, OpenMammutOptions):
+                captions += self.captioner.caption_openmammut(memories, options)
+            else:
+                captions += self.captioner.caption(memories, options or CaptionOptions())
+        return captions
 
     def generate_openmammut(
         self, seen: Sequence[Seen], options: OpenMammutOptions | None = None, text: NDArray[np.int64] | None = None
@@ -338,6 +346,11 @@ class Seen:
         if templates is not None:
             return tower.classifier(texts, check_templates(templates))
         return Classifier(tuple(texts), tower.embed(texts), tower.notices(texts))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _best_first(matches: list[Match]) -> tuple[Match, ...]:

@@ -178,7 +178,7 @@ _MARKER = re.compile(rb"\xff+([^\x00\xff])")
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, body start, body end) of the segments before the pixels; the last is the start of scan or the end mark."""
+    """(marker, body start, body end) before the pixels; the last one is the start of scan or the end mark."""
     position = 2
     while match := _MARKER.search(data, position):
         marker, position = match[1][0], match.end()
@@ -205,8 +205,10 @@ def _read_jpeg(data: bytes, name: str) -> PictureHeader:
             frame = struct.unpack_from(">BHHB", data, start)
         elif marker == 0xE1 and not orientation and data[start : start + 6] == b"Exif\0\0":
             orientation = exif_orientation(data[start + 6 : end])
-        elif marker == _START_OF_SCAN:
+        elif marker in (_START_OF_SCAN, _END_OF_IMAGE):
             break
+    else:
+        raise cut_short(name, "it ends before its pixels begin")
     if frame is None:
         raise damaged(name, "this JPEG has no frame header")
     bits, height, width, layers = frame
@@ -216,7 +218,7 @@ def _read_jpeg(data: bytes, name: str) -> PictureHeader:
 
 
 def _check_jpeg(data: bytes, name: str) -> None:
-    """The end mark follows. Inside coded pixels 0xFF is always followed by 0 or a restart mark, so it is no accident."""
+    """The end mark follows. Coded pixels have 0 or a restart mark behind every 0xFF, so it is not there by accident."""
     pixels = next((end for marker, _, end in _jpeg_segments(data) if marker == _START_OF_SCAN), len(data))
     if data.find(b"\xff\xd9", pixels) < 0:
         raise cut_short(name, "the end mark of a JPEG is missing")

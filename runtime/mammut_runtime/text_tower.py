@@ -21,7 +21,7 @@ from mammut_runtime.tokenizer import Tokenizer
 Floats = NDArray[np.float32]
 
 BATCH = 16
-"""Texts computed together. More gained no speed and cost memory: 64 at once took 360 MiB more at B-32's size."""
+"""Texts computed together. More gained no speed and cost memory: 64 at once took 290 MiB more at B-32's size."""
 REMEMBERED = 1024
 """Embeddings of texts kept for the next call: a camera asks for the same classes 30 times a second."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,25 +106,30 @@ def test_closed_form_in_float64(rows: int, seed: int, gamma: float, kind: Kind) 
     assert loss.item() == pytest.approx(by_hand(kind, images.numpy(), texts.numpy(), k.numpy(), gamma), rel=1e-10)
 
 
-def _one_of_two(rank: int, store: str, kind: Kind, out: str) -> None:
+def _one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    images, texts, scale, bias = leaves(8)
-    half, k = slice(rank * 4, rank * 4 + 4), keys(8)
-    loss = global_contrastive(images[half], texts[half], scale, bias, k[half], k[half], kind=kind, tile=3)
-    loss.backward()
-    torch.save([loss.detach(), *(each.grad for each in (images, texts, scale, bias))], f"{out}.{rank}")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for kind in KINDS:
+        images, texts, scale, bias = leaves(8)
+        half, k = slice(rank * 4, rank * 4 + 4), keys(8)
+        loss = global_contrastive(images[half], texts[half], scale, bias, k[half], k[half], kind=kind, tile=3)
+        loss.backward()
+        torch.save([loss.detach(), *(each.grad for each in (images, texts, scale, bias))], f"{folder}/{kind}.{rank}")
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_are_one(kind: Kind) -> None:
-    """The mean of both processes' gradients, as DDP takes it, is the gradient of the whole batch on one process."""
+@pytest.fixture(scope="module")
+def two_processes() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "out")
-        torch.multiprocessing.spawn(_one_of_two, (str(Path(folder) / "store"), kind, out), nprocs=2)
-        halves: list[list[Any]] = [torch.load(f"{out}.{rank}") for rank in (0, 1)]
+        torch.multiprocessing.spawn(_one_of_two, (folder,), nprocs=2)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one(kind: Kind, two_processes: Path) -> None:
+    """The mean of both processes' gradients, as DDP takes it, is the gradient of the whole batch on one process."""
+    halves: list[list[Any]] = [torch.load(two_processes / f"{kind}.{rank}") for rank in (0, 1)]
     whole, k = leaves(8), keys(8)
     loss = ours(kind, whole, k)
     loss.backward()

@@ -123,7 +123,7 @@ def test_damaged_pictures_are_named_and_counted() -> None:
     corpus = decode("set", [*good, bad], 16, max_damaged=0.1, warn=messages.append)
     assert len(corpus) == 9 and corpus.pictures.shape == (9, 3, 16, 16)
     assert len(messages) == 1 and "the bad one" in messages[0]
-    with pytest.raises(InputError, match="1 of 10 pictures are unreadable.*the bad one"):
+    with pytest.raises(InputError, match=r"1 of 10 pictures are unreadable.*the bad one"):
         decode("set", [*good, bad], 16, max_damaged=0.05)
     with pytest.raises(InputError, match="holds no image-text pairs"):
         decode("set", [], 16)

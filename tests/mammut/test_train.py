@@ -74,11 +74,11 @@ def test_it_learns_four_colours(corpus: Corpus, tokenizer_json: bytes, tmp_path:
     assert scores.argmax(dim=1).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "muon"), [("fp32", None), ("bf16", None), ("bf16", 0.02)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    corpus: Corpus, tokenizer_json: bytes, tmp_path: Path, precision: str
+    corpus: Corpus, tokenizer_json: bytes, tmp_path: Path, precision: str, muon: float | None
 ) -> None:
-    options = dataclasses.replace(OPTIONS, precision=precision)
+    options = dataclasses.replace(OPTIONS, precision=precision, muon_learning_rate=muon)
     whole = trainer(corpus, tokenizer_json, options)
     whole.run(tmp_path / "whole")
     first = trainer(corpus, tokenizer_json, options)
@@ -100,7 +100,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_several_workers_train_one_model(corpus: Corpus, tokenizer_json: bytes, tmp_path: Path) -> None:
-    options = dataclasses.replace(OPTIONS, steps=3, workers=2)
+    options = dataclasses.replace(OPTIONS, steps=3, workers=2, muon_learning_rate=0.02)
     given = job(corpus, tokenizer_json, options, tmp_path)
     folder = train(given)
     assert load_checkpoint(folder).model.config.name == "tiny"
@@ -119,7 +119,7 @@ def test_nan_stops_with_a_clear_error(corpus: Corpus, tokenizer_json: bytes) -> 
     with torch.no_grad():
         broken.model.memory_projection.weight[0, 0] = float("nan")
     before = broken.model.vision.positions.clone()
-    with pytest.raises(MammutError, match="step 1: the loss is not finite.*lower learning rate"):
+    with pytest.raises(MammutError, match=r"step 1: the loss is not finite.*lower learning rate"):
         broken.train_step()
     assert torch.equal(before, broken.model.vision.positions)  # nothing was updated
 

@@ -43,6 +43,8 @@ class Toy:
     vocabulary: int = 8
     seed: int = 0
     scale: float = 2.0
+    end_bonus: float = 0.0
+    """Added to the logit of id 1, which the tests of generation take as the end."""
     engine: FakeEngine = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +59,9 @@ class Toy:
         """float32[V] after the ids, for the picture of that number."""
         positions = np.cos(np.arange(len(ids)) + 1.0)[:, None]
         hidden = (self._embedding[list(ids)] * positions).sum(axis=0) + self._length[len(ids)] + picture * self._picture
-        return (np.tanh(hidden) @ self._head).astype(np.float32)
+        logits = np.tanh(hidden) @ self._head
+        logits[1] += self.end_bonus
+        return logits.astype(np.float32)
 
     def log_probabilities(self, ids: Sequence[int], picture: float) -> NDArray[np.float64]:
         """float64[V], by the textbook."""

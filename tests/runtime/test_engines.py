@@ -140,6 +140,16 @@ def test_providers_are_never_replaced_silently(graph: Path) -> None:
         open_engine(graph, "onnxruntime", EngineOptions(providers=("NoSuchProvider",)))
 
 
+def test_the_cpu_does_not_jump_in_unasked(graph: Path) -> None:
+    """A provider that cannot run the graph is an error, unless the CPU is named behind it."""
+    if "AzureExecutionProvider" not in module.library().get_available_providers():
+        pytest.skip("this build of ONNX Runtime has no second provider to try")
+    with pytest.raises(EngineError, match=r"small\.onnx"):
+        open_engine(graph, "onnxruntime", EngineOptions(providers=("AzureExecutionProvider",)))
+    both = EngineOptions(providers=("AzureExecutionProvider", "CPUExecutionProvider"))
+    assert open_engine(graph, "onnxruntime", both).run(feeds())["last"].tolist() == [3, 7]
+
+
 def test_missing_library_says_what_to_install(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match=r"needs ONNX Runtime, .*; pip install mammut-edge\[onnxruntime\]"):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mammut_runtime.caption_options import CaptionOptions
-from mammut_runtime.errors import InputError
+from mammut_runtime.errors import EngineError, InputError
 from mammut_runtime.generation import Generated, Sampler, StopRule, beam_search, filters_of, generate, stream
 
 START, END = 0, 1
@@ -129,7 +129,7 @@ def test_batch_shrinks_when_half_is_done(toy: Any) -> None:
 # ---- beam search ----
 
 
-@few
+@settings(max_examples=120, deadline=None)
 @given(seeds, st.integers(1, 6), st.integers(1, 8), st.sampled_from([0.0, 0.6, 1.0, 2.0]), st.integers(0, 3))
 def test_beam_search_equals_uncached(
     toy: Any, seed: int, beams: int, max_tokens: int, length_penalty: float, min_tokens: int
@@ -142,10 +142,38 @@ def test_beam_search_equals_uncached(
         repetition_penalty=float(source.choice([1.0, 1.5])),
         forbidden_ids=(5,) if source.random() < 0.3 else (),
     )
-    language, pictures = toy(seed=seed), [0.5, -1.0, 2.0]
+    # an end that is likely everywhere: several beams end at once, and searches are over early
+    language, pictures = toy(seed=seed, end_bonus=float(source.choice([0.0, 2.0, 4.0]))), [0.5, -1.0, 2.0]
     found = beam_search(language.decoder(pictures), PROMPT, options, StopRule(END, max_tokens))
     for text, picture in zip(found, pictures, strict=True):
         same(text, slow_beams(language, picture, options, max_tokens))
+
+
+def test_an_end_behind_the_first_k_is_dropped(toy: Any) -> None:
+    """2 beams, by hand. Second step: A END .30, A C .27, B END .24, B C .12. The end of rank 3 must not close a text:
+    with two closed the search would be over at the next step, and "A" (mean of logarithms -.60) would win. It goes on,
+    and finds "A C A" (-.56)."""
+    a, b, c = 2, 3, 4
+    after = {
+        (): {a: 0.6, b: 0.4},
+        (a,): {END: 0.5, c: 0.45, a: 0.05},
+        (b,): {END: 0.6, c: 0.3, a: 0.1},
+        (a, c): {a: 0.4, b: 0.3, c: 0.3},
+        (a, c, a): {END: 1.0},
+    }
+
+    class Spoken(toy):  # type: ignore[misc]
+        def logits(self, ids: Sequence[int], picture: float) -> np.ndarray:
+            chances = after.get(tuple(int(each) for each in ids[len(PROMPT) :]), {a: 0.5, b: 0.5})
+            with np.errstate(divide="ignore"):
+                return np.log([chances.get(token, 0.0) for token in range(8)]).astype(np.float32)
+
+    def best(ids: dict[int, float]) -> tuple[int, ...]:
+        after[(a,)] = ids
+        return generate(Spoken().decoder([1.0]), PROMPT, CaptionOptions(beams=2), StopRule(END, 8))[0].ids
+
+    assert best({END: 0.5, c: 0.45, a: 0.05}) == (a, c, a)
+    assert best({END: 0.5, c: 0.39, a: 0.11}) == (a,), "control: now that end is among the first two"
 
 
 @few
@@ -310,6 +338,16 @@ def test_nothing_left_to_say_is_an_error(toy: Any, beams: int) -> None:
     options = CaptionOptions(beams=beams, forbidden_ids=tuple(range(8)))
     with pytest.raises(InputError, match="leave no token that may follow"):
         generate(toy().decoder([1.0]), PROMPT, options, StopRule(END, 3))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_nan_is_an_error(toy: Any, beams: int) -> None:
+    class Broken(toy):  # type: ignore[misc]
+        def logits(self, ids: Sequence[int], picture: float) -> np.ndarray:
+            return np.full(8, np.nan, np.float32)
+
+    with pytest.raises(EngineError, match="the decoder gave NaN in place of logits"):
+        generate(Broken().decoder([1.0]), PROMPT, CaptionOptions(beams=beams), StopRule(END, 3))
 
 
 def test_empty_prompt_and_no_room_are_errors(toy: Any) -> None:

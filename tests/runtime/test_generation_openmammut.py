@@ -181,14 +181,20 @@ def test_sums_of_raw_logits_decide() -> None:
 
 
 def test_end_of_rank_n_or_worse_is_dropped() -> None:
-    """Of A(5) B(4) END(3) the end is third. With 2 beams nothing closes there; with 3 it does, and 3 / 2 ids wins."""
+    """2 beams. Second step: A END 5, A C 4.5, B END 4, B C 3. The first end closes, the second (third in rank) must
+    not: with two closed captions the search would be over at the next step, where nothing is above 3.9 / 4."""
     rows = {
-        (START,): {A: 5.0, B: 4.0, END: 3.0},
-        (START, A): {END: -1.0},
-        (START, B): {END: -1.0},
+        (START,): {A: 2.0, B: 1.0},
+        (START, A): {END: 3.0, C: 2.5},
+        (START, B): {END: 3.0, C: 2.0},
+        (START, A, C): {A: -0.6, B: -0.7},
+        (START, B, C): {A: -9.0},
+        (START, A, C, A): {END: 10.0, B: -9.0},
+        (START, A, C, B): {B: -9.0},
     }
+    assert generate(table(rows), 1, beams(2)).tolist() == [[START, A, C, A, END]]
+    rows[(START, A)][C] = 1.5  # control: now the ends are first and second, both close, and that is the end
     assert generate(table(rows), 1, beams(2)).tolist() == [[START, A, END]]
-    assert generate(table(rows), 1, beams(3)).tolist() == [[START, END]]
 
 
 def test_open_beams_compete_at_the_limit_without_an_end() -> None:

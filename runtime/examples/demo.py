@@ -1,0 +1,159 @@
+"""What `make demo` shows: captions, answers and matches for sample pictures, printed and written onto the pictures.
+
+    python runtime/examples/demo.py --bundle build/demo-bundle --out build/demo
+    python runtime/examples/demo.py --bundle build/demo-bundle --out build/demo --pictures FOLDER    your own
+
+Without --pictures it uses drawings made by drawings.py and, where the project's data folder lies beside the checkout,
+photographs from it that the model was not trained on. It says which is which, and how many it got right.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from drawings import DRAWINGS
+
+from mammut_runtime import InputError, Model, Picture, console, read_picture
+from mammut_runtime.annotate import annotate, write_picture
+from mammut_runtime.commands_inputs import picture_paths
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data" / "pairs"
+"""The data that the demo model was trained on; not part of a clone."""
+QUESTION = "what is this?"
+SHAPE_QUESTION = "what shape is in the image?"
+SHAPES = ("circle", "rectangle", "triangle")
+FLOWERS = {"daisy": "daisy", "dandelion": "dandelion", "roses": "rose", "sunflowers": "sunflower", "tulips": "tulip"}
+CLOTHING = {"Dress": "dress", "Shoes": "shoes", "Pants": "pants", "Hat": "hat", "T-Shirt": "t shirt"}
+"""Label in the data → how the model names it."""
+COLUMNS = (20, 34, 46, 24)
+"""Characters of the printed table's columns."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture to show, and what we know about it."""
+
+    name: str
+    picture: Picture
+    truth: str | None
+    """What it shows; None if only the user knows."""
+    question: str
+    candidates: tuple[str, ...] | None
+    """Answers to choose from; None: the model answers freely."""
+
+
+@click.command("demo")
+@click.option("--bundle", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="For the annotated pictures.")
+@click.option("--pictures", type=click.Path(path_type=Path), help="Your own: a folder or a file.")
+def demo(bundle: Path, out: Path, pictures: Path | None) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with Model.load(bundle) as model:
+        if pictures is not None:
+            click.echo(f"Your pictures from {pictures}:")
+            show(model, own_pictures(pictures), (*DRAWINGS, *FLOWERS.values(), *CLOTHING.values()), out)
+        else:
+            click.echo("Drawings made by runtime/examples/drawings.py (no photographs):")
+            show(model, drawings(out), tuple(DRAWINGS), out)
+            click.echo()
+            photos = list(held_out_photos())
+            if photos:
+                click.echo("Photographs that the model was not trained on (validation split of ../shared/data/pairs):")
+                show(model, photos, (*FLOWERS.values(), *CLOTHING.values()), out)
+                click.echo()
+            click.echo("Try your own photographs:  make demo PICTURES=FOLDER")
+    click.echo(f"Annotated pictures:        {out}")
+
+
+def show(model: Model, samples: Sequence[Sample], classes: Sequence[str], out: Path) -> None:
+    """Caption, answer and match each sample; print a line each, and how many were right where we know."""
+    classifier = model.classifier(classes)
+    right = {"caption": 0, "match": 0}
+    known = 0
+    click.echo(table_line("picture", "caption", "question, answer", "best match"))
+    for sample in samples:
+        seen = model.encode(sample.picture)
+        caption = seen.caption().text
+        answer = seen.ask(sample.question, sample.candidates).text
+        best = seen.match(classifier).matches[0]
+        asked = f"{sample.question} {answer}"
+        match = f"{best.text} {best.probability:.2f}"
+        click.echo(table_line(sample.name, caption, asked, match))
+        lines = [caption, asked, f"best match: {match}"]
+        write_picture(out / f"{re.sub('[^a-zA-Z0-9]+', '-', sample.name)}.png", annotate(sample.picture.rgb(), lines))
+        if sample.truth is not None:
+            known += 1
+            right["caption"] += bool(re.search(rf"\b{re.escape(sample.truth)}\b", caption))
+            right["match"] += best.text == sample.truth
+    if known:
+        click.echo(f"  right: {right['caption']} of {known} captions name it, {right['match']} of {known} matches")
+
+
+def table_line(*cells: str) -> str:
+    """Cells in columns; what is too long is cut (the annotated pictures have it whole)."""
+    short = (
+        text if len(text) < width else text[: width - 4] + "..." for text, width in zip(cells, COLUMNS, strict=True)
+    )
+    return (
+        "  "
+        + console.printable("".join(f"{text:<{width}}" for text, width in zip(short, COLUMNS, strict=True))).rstrip()
+    )
+
+
+def drawings(out: Path) -> list[Sample]:
+    """The drawn pictures, which are also left in OUT/drawings as files."""
+    folder = out / "drawings"
+    folder.mkdir(exist_ok=True)
+    samples = []
+    for name, draw in DRAWINGS.items():
+        path = folder / f"{name.replace(' ', '-')}.png"
+        write_picture(path, draw())
+        shape = name.split()[-1] in SHAPES
+        question = SHAPE_QUESTION if shape else QUESTION
+        samples.append(Sample(name, read_picture(path), name, question, SHAPES if shape else None))
+    return samples
+
+
+def held_out_photos() -> Iterator[Sample]:
+    """One photograph of each flower and of some clothes from the validation split; none where the data is absent."""
+    for kind, names in (("flowers", FLOWERS), ("clothing", CLOTHING)):
+        wanted = dict(names)
+        for path in sorted(DATA.glob(f"{kind}-*.tar")):
+            yield from _photos(path, wanted, "flower" if kind == "flowers" else "clothing")
+
+
+def _photos(path: Path, wanted: dict[str, str], kind: str) -> Iterator[Sample]:
+    with tarfile.open(path) as tar:
+        members = {member.name: member for member in tar.getmembers()}
+        for name, member in members.items():
+            if not name.endswith(".json") or not wanted:
+                continue
+            facts = json.load(tar.extractfile(member) or io.BytesIO(b"{}"))
+            picture = tar.extractfile(members.get(name.removesuffix("json") + "jpg", member))
+            if facts.get("split") == "val" and facts.get("label") in wanted and picture is not None:
+                truth = wanted.pop(facts["label"])
+                question = f"what kind of {kind} is this?"
+                yield Sample(f"photo of {truth}", read_picture(picture.read(), name=name), truth, question, None)
+
+
+def own_pictures(place: Path) -> list[Sample]:
+    """The user's; those that cannot be used are reported and left out."""
+    samples = []
+    for path in picture_paths([str(place)]):
+        try:
+            samples.append(Sample(path.stem, read_picture(path), None, QUESTION, None))
+        except InputError as problem:
+            console.note(f"error: {problem}")
+    return samples
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(demo))

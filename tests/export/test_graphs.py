@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mammut.checkpoint import Checkpoint
+from mammut_export.export import model_info
+from mammut_export.graphs import (
+    GRAPHS,
+    TASKS,
+    TRACED_SIZES,
+    flatten_pairs,
+    graphs_for,
+    pairs,
+    traceable,
+    unit_and_norm,
+)
+from mammut_runtime.errors import InputError
+from mammut_runtime.manifest import graph_contract
+
+
+def test_tasks_need_these_graphs() -> None:
+    assert graphs_for(("caption",)) == graphs_for(("ask",)) == ("vision", "memory", "decoder")
+    assert graphs_for(("search",)) == graphs_for(("match", "search")) == ("vision", "text")
+    assert graphs_for(TASKS) == GRAPHS
+
+
+@pytest.mark.parametrize(("tasks", "message"), [((), "got none"), (("caption", "detect"), "got 'detect'")])
+def test_tasks_that_do_not_exist(tasks: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=f"expected one or more of caption, ask, match, search, {message}"):
+        graphs_for(tasks)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_modules_keep_the_contract(tiny: Checkpoint, name: str) -> None:
+    info = graph_contract(model_info(tiny), tiny.preprocess.size)[name]
+    graph = traceable(name, tiny.model, info)
+    with torch.no_grad():
+        outputs = graph.module(*graph.example())
+    sizes = TRACED_SIZES | {"past+new": TRACED_SIZES["past"] + TRACED_SIZES["new"]}
+    assert len(outputs) == len(info.outputs)
+    for value, tensor in zip(outputs, info.outputs, strict=True):
+        assert list(value.shape) == [size if isinstance(size, int) else sizes[size] for size in tensor.shape], tensor
+
+
+def test_traced_sizes_cannot_be_confused() -> None:
+    assert len(set(TRACED_SIZES.values())) == len(TRACED_SIZES)
+    assert min(TRACED_SIZES.values()) > 1
+
+
+def test_vectors_are_as_the_core_normalises_them() -> None:
+    raw = torch.randn(4, 6)
+    raw[2] = 0
+    unit, norm = unit_and_norm(raw)
+    torch.testing.assert_close(unit, torch.nn.functional.normalize(raw, dim=-1))
+    torch.testing.assert_close(norm, raw.norm(dim=-1))
+
+
+def test_pairs_and_back() -> None:
+    flat = tuple(torch.full((1,), float(i)) for i in range(6))
+    assert [k.item() for k, _ in pairs(flat)] == [0, 2, 4]
+    assert flatten_pairs(pairs(flat)) == flat

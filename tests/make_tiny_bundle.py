@@ -1,0 +1,69 @@
+"""Makes tests/data/tiny-bundle: a real bundle, by the real exporter, small enough to be committed.
+
+    python tests/make_tiny_bundle.py
+
+Its weights are random, so its captions are noise; everything else is as in a product. Run it again when the exporter's
+graphs or the manifest change (tests/export/test_tiny_bundle.py notices) and commit what it wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mammut import presets
+from mammut.bpe_training import train_tokenizer
+from mammut.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mammut.model import Mammut
+from mammut_export.export import export
+from mammut_runtime.preprocess import PreprocessRule
+from mammut_runtime.tokenizer import Tokenizer
+
+BUNDLE = Path(__file__).parent / "data" / "tiny-bundle"
+VOCAB_SIZE = 540
+"""512 for the bytes, 3 special ones, and a few words."""
+PROMPTS = {
+    "caption": "",
+    "ask": "question: {question} answer:",
+    "zero_shot": "a photo of a {}.\na drawing of a {}.",
+}
+_WORDS = "a photo of a red heart blue star yellow sun small house two dogs three cats question answer yes no"
+
+
+def tiny_checkpoint(folder: Path) -> Checkpoint:
+    """presets.tiny() with random weights, saved in `folder` and loaded again; the same numbers every time.
+
+    Its patches are smaller than the preset's, because the patch embedding would be a quarter of the bundle.
+    """
+    words = _WORDS.split()
+    texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+    tokenizer_json = train_tokenizer(texts, VOCAB_SIZE)
+    tokenizer = Tokenizer.from_bytes(tokenizer_json)
+    preset = presets.tiny(tokenizer.vocab_size)
+    config = dataclasses.replace(preset, vision=dataclasses.replace(preset.vision, patch_size=8))
+    generator = torch.Generator().manual_seed(20_261_123)
+    model = Mammut(config, pad_id=tokenizer.pad_id).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() and "bias" not in name:
+            # Large enough that pictures and prefixes matter to the captions, which a trained model's would.
+            scale = 0.3 if parameter.dim() > 1 else 0.1
+            mean = 1.0 if "norm" in name else 0.0
+            parameter.copy_(mean + scale * torch.randn(parameter.shape, generator=generator))
+        elif parameter.dim():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    rule = PreprocessRule(config.vision.image_size, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    save_checkpoint(folder / "tiny", model, tokenizer_json, rule, PROMPTS)
+    return load_checkpoint(folder / "tiny")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        result = export(tiny_checkpoint(Path(folder)), BUNDLE, overwrite=BUNDLE.exists())
+    print(f"{result.path}: {result.bundle_bytes:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""How the demo's data is worded and split, and how the demo is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mammut import demo_recipe as recipe
+from mammut.data import Pair
+from mammut.evaluate_demo import greedy_batch, on_white, word_overlap
+from mammut.generate import greedy
+from mammut.model import Mammut
+from mammut.presets import tiny
+from mammut_runtime.errors import InputError
+
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not part of a clone")
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ("A photo of Eric Holder holding a press conference.", "Eric Holder holding a press conference"),
+        ("This is a photo of a shale drilling platform below a hill.", "a shale drilling platform below a hill"),
+        ("An image shows metal shelves. The visible sides are coloured.", "metal shelves"),
+        ("Red, yellow, and pink roses.", "Red, yellow, and pink roses"),
+        ("President George H. W. Bush shakes hands.", "President George H. W. Bush shakes hands"),
+        ("The Moons of Jupiter. The four are shown.", "The Moons of Jupiter"),
+    ],
+)
+def test_plain_caption(given: str, plain: str) -> None:
+    assert recipe.plain_caption(given) == plain
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ([("what is the blue shape?", "rectangle")], "blue rectangle"),
+        ([("what color is the shape?", "teal"), ("is there a circle?", "yes")], "teal circle"),
+        ([("is there not a red shape?", "no"), ("is no triangle present?", "no")], "red triangle"),
+        ([("is there a red shape?", "no"), ("is there a circle?", "yes")], None),
+        ([("is no gray shape present?", "yes"), ("what shape is shown?", "circle")], None),
+    ],
+)
+def test_shape_name_follows_from_the_questions(asked: list[tuple[str, str]], name: str | None) -> None:
+    assert recipe.shape_name(asked) == name
+
+
+def test_one_vendor_of_some_names_is_held_out() -> None:
+    names = [f"an emoji of thing {n}" for n in range(600)]
+    held = {vendor: [recipe.held_out_drawing(Pair(f"{vendor}/x.png", b"", (name,))) for name in names]
+            for vendor in ("noto", "blobmoji")}  # fmt: skip
+    assert not any(held["noto"])
+    assert 60 < sum(held["blobmoji"]) < 140
+
+
+def test_a_folder_without_the_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected the data folder of the demo recipe, but it has no pairs/clothing"):
+        recipe.training_corpora(tmp_path)
+
+
+def test_drawings_are_judged_on_white() -> None:
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[1, 1] = (10, 20, 30, 255)
+    drawing = Pair("noto/x.png", bytes(cv2.imencode(".png", pixels)[1]), ("x",))
+    shown = on_white(drawing)
+    assert shown[0, 0].tolist() == [255, 255, 255] and shown[1, 1].tolist() == [30, 20, 10]
+
+
+def test_batched_greedy_equals_the_slow_reference() -> None:
+    torch.manual_seed(1)
+    model = Mammut(tiny()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # livelier than the start, so that captions differ
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        pixels = torch.randn(5, 3, 32, 32)
+        tokens, _ = model.encode_image(pixels)
+    slow = greedy(model, pixels, [1, 7], end_id=2, max_tokens=12)
+    assert greedy_batch(model, tokens, torch.tensor([[1, 7]] * 5), end_id=2, max_tokens=12) == slow
+    assert len({tuple(ids) for ids in slow}) > 1  # control
+
+
+def test_word_overlap_prefers_rare_words() -> None:
+    scores = word_overlap(["a red fox"], ["a dog", "the fox", "a cat"])
+    assert int(scores.argmax()) == 1
+
+
+@pytest.mark.shared
+@needs_data
+def test_nothing_that_is_judged_is_trained_on() -> None:
+    for kind in ("clothing", "flowers"):
+        trained, judged = ({p.name for p in recipe.labelled_pairs(DATA, kind, split)} for split in ("train", "val"))
+        assert judged and not trained & judged
+    trained_keys = {p.name for p in recipe.photo_pairs(DATA, "train")}
+    judged_keys = {p.name for p in recipe.photo_pairs(DATA, "val")}
+    assert 100 < len(judged_keys) < 220 and not trained_keys & judged_keys
+    emoji = recipe.emoji_pairs(DATA)
+    held = {p.captions[0] for p in emoji if recipe.held_out_drawing(p)}
+    seen = [p for p in emoji if not recipe.held_out_drawing(p)]
+    assert held <= {
+        p.captions[0] for p in seen if p.name.startswith("noto")
+    }  # the other vendor's drawing is trained on
+    assert not held & {p.captions[0] for p in seen if p.name.startswith("blobmoji")}
+    assert all(p.credit for p in emoji)
+
+
+@pytest.mark.shared
+@needs_data
+def test_yes_no_questions_are_balanced() -> None:
+    asked = [answer for p in recipe.labelled_pairs(DATA, "flowers", "val") for q, answer in p.questions[3:5]]
+    assert asked.count("yes") == asked.count("no")

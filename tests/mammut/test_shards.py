@@ -1,0 +1,132 @@
+"""Streams of samples: dealt out without overlap, repeatable, resumable at any sample, damage reported."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mammut.shards import Drawn, Part, Position, deal, expand, file_sizes, stream
+from mammut_runtime.errors import InputError
+
+
+@pytest.fixture
+def parts(small_run: object) -> list[Part]:
+    return [Part(str(path)) for path in small_run.shards]  # type: ignore[attr-defined]
+
+
+def take(parts: list[Part], number: int, start: Position | None = None, shuffle: int = 5) -> list[Drawn]:
+    return list(itertools.islice(stream(parts, start or Position(), 7, shuffle), number))
+
+
+def names(drawn: list[Drawn]) -> list[str]:
+    return [each.sample.name for each in drawn if each.sample]
+
+
+def test_an_epoch_has_every_sample_once_and_the_next_another_order(parts: list[Part]) -> None:
+    drawn = names(take(parts, 96))
+    assert len(set(drawn[:48])) == 48 and set(drawn[:48]) == set(drawn[48:])
+    assert drawn[:48] != drawn[48:]
+    assert names(take(parts, 96)) == drawn  # repeatable
+
+
+def test_mixed_inside_a_shard_unless_the_buffer_is_one(parts: list[Part]) -> None:
+    assert names(take(parts[:1], 12, shuffle=1)) == sorted(names(take(parts[:1], 12)))
+    assert names(take(parts[:1], 12)) != sorted(names(take(parts[:1], 12)))
+
+
+def test_going_on_from_any_position_is_as_if_never_stopped(parts: list[Part]) -> None:
+    whole = take(parts, 110)
+    for stop in (1, 11, 12, 13, 47, 48, 49, 96):
+        rest = take(parts, 110 - stop, whole[stop - 1].after)
+        assert rest == whole[stop:]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.booleans())
+def test_every_shard_goes_to_exactly_one_worker(number: int, ranks: int, workers: int, lines: bool) -> None:
+    paths = [f"{i}.tar" for i in range(number)] + (["rows.jsonl"] if lines else [])
+    if number + (ranks * workers if lines else 0) < ranks * workers:
+        with pytest.raises(InputError, match="cannot be split over"):
+            deal(paths, 0, ranks, 0, workers)
+        return
+    places = itertools.product(range(ranks), range(workers))
+    dealt = [part for rank, worker in places for part in deal(paths, rank, ranks, worker, workers)]
+    assert len(dealt) == len(set(dealt))
+    assert {part.path for part in dealt} == set(paths)
+    rows = [part.part for part in dealt if part.path == "rows.jsonl"]
+    assert sorted(rows) == (list(range(ranks * workers)) if lines else [])
+
+
+def test_webdatasets_own_split_is_the_same() -> None:
+    """Against the library's splitters, which ask torch and the environment who they are."""
+    paths = [f"{i}.tar" for i in range(13)]
+    for rank, worker in itertools.product(range(2), range(3)):
+        by_node = list(itertools.islice(paths, rank, None, 2))
+        assert [part.path for part in deal(paths, rank, 2, worker, 3)] == by_node[worker::3]
+
+
+def test_a_list_of_pictures_is_cut_into_rows(small_run: object, tmp_path: Path) -> None:
+    rows = [{"file": f"{i}.png", "caption": f"number {i}"} for i in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    for i in (0, 1, 2, 4):
+        (tmp_path / f"{i}.png").write_bytes(b"picture")
+    path = str(tmp_path / "pairs.jsonl")
+    both = [take([Part(path, part, 2)], size, shuffle=1) for part, size in ((0, 3), (1, 2))]
+    numbers = [[name.removeprefix("pairs.jsonl:") for name in names(each)] for each in both]
+    assert numbers == [["1", "3", "5"], ["2", "4"]]
+    assert [bool(d.sample and d.sample.problem) for d in both[1]] == [False, True]  # 3.png is missing
+    assert both[0][0].sample and both[0][0].sample.data == b"picture"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:15_000])
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"this is not a tar" * 100)
+
+
+@pytest.mark.parametrize(("damage", "left"), [(cut, 4), (garbage, 0), (Path.unlink, 0)])
+def test_broken_shards_are_reported_and_the_stream_goes_on(
+    small_run: object, damage: Callable[[Path], None], left: int
+) -> None:
+    shards: list[Path] = small_run.shards  # type: ignore[attr-defined]
+    damage(shards[2])
+    drawn = take([Part(str(path)) for path in shards], 50)
+    broken = [each.broken_shard for each in drawn if each.sample is None]
+    assert broken and all(str(shards[2]) in each for each in broken)
+    first = drawn[: next(i for i, each in enumerate(drawn) if each.after.epoch == 1)]
+    assert len([each for each in first if each.sample and each.sample.name.startswith("2.tar")]) <= max(left, 12)
+    assert len([each for each in first if each.sample and not each.sample.name.startswith("2.tar")]) == 36
+    again = take([Part(str(path)) for path in shards], 20, drawn[29].after)
+    assert again == drawn[30:50]
+
+
+def test_nothing_readable_is_an_error_not_a_hang(small_run: object) -> None:
+    shards: list[Path] = small_run.shards  # type: ignore[attr-defined]
+    for path in shards:
+        path.unlink()
+    with pytest.raises(InputError, match="nothing in them could be read"):
+        take([Part(str(path)) for path in shards], 20)
+
+
+@pytest.mark.parametrize("source", ["pipe:cat a.tar", "https://host/a.tar", "s3://bucket/a.tar", "a.tar::b:c.tar"])
+def test_only_local_files(source: str) -> None:
+    with pytest.raises(InputError, match="expected a local"):
+        expand([source])
+
+
+def test_expansion_and_sizes(tmp_path: Path) -> None:
+    assert expand(["a/{08..10}.tar", "b.jsonl"]) == ("a/08.tar", "a/09.tar", "a/10.tar", "b.jsonl")
+    with pytest.raises(InputError, match=r"expected a \.tar"):
+        expand(["a.zip"])
+    with pytest.raises(InputError, match="at least one"):
+        expand([])
+    (tmp_path / "a.tar").write_bytes(b"123")
+    assert file_sizes([str(tmp_path / "a.tar"), "missing.tar"]) == {str(tmp_path / "a.tar"): 3, "missing.tar": -1}
