@@ -1,11 +1,11 @@
-"""What a training step costs: profile, pictures a second of each objective, memory of the contrastive loss, data loading.
+"""What a training step costs: profile, pictures a second of each objective, memory of the contrastive loss, loading.
 
     python benchmarks/bench_train.py                                  # the demo preset, some minutes on a laptop
     python benchmarks/bench_train.py --preset paper-base --batch 8 --caption-tokens 20 --only step
     python benchmarks/bench_train.py --device cuda --preset paper-base --batch 256
 
-The objectives are timed in turns within one process: both passes, contrastive only, caption only, and a plain CLIP-style
-step of the same two towers, written here without any of the training code. Prints one JSON line last.
+The objectives are timed in turns within one process: both passes, contrastive only, caption only, and a plain
+CLIP-style step of the same two towers, written here without any of the training code. Prints one JSON line last.
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ def step_speed(options: argparse.Namespace) -> dict[str, Any]:
     median = {name: statistics.median(seconds) for name, seconds in taken.items()}
     print(f"\n{options.preset}, batch {options.batch}, {options.caption_tokens} tokens a text, {options.precision}")
     for name, seconds in median.items():
-        low, high = min(taken[name]), max(taken[name])
-        print(f"  {name:18} {options.batch / seconds:9.1f} pictures/s  {1e3 * seconds:8.1f} ms ({1e3 * low:.1f}-{1e3 * high:.1f})")
+        spread = f"({1e3 * min(taken[name]):.1f}-{1e3 * max(taken[name]):.1f})"
+        print(f"  {name:18} {options.batch / seconds:9.1f} pictures/s  {1e3 * seconds:8.1f} ms {spread}")
     overhead = median["both passes"] / median["contrastive only"] - 1
     against_clip = median["contrastive only"] / median["plain CLIP step"] - 1
-    print(f"  both passes over contrastive only: {overhead:+.1%}; contrastive only over plain CLIP: {against_clip:+.1%}")
+    print(f"  both passes take {overhead:+.1%} over contrastive only, which takes {against_clip:+.1%} over plain CLIP")
     speed = {name: round(options.batch / seconds, 2) for name, seconds in median.items()}
     return {"pictures_per_s": speed, "two_pass_overhead": round(overhead, 4), "over_clip": round(against_clip, 4)}
 
@@ -235,7 +235,7 @@ def data_speed(options: argparse.Namespace) -> dict[str, Any]:
         sources = write_shards(Path(folder))
         config = pretrain(model_preset(options.preset, 49_408), [sources], "clip")
         steps = options.repeats + 2
-        changes = [f"stages.0.steps={steps}", f"batch_size={options.batch}", "save.log_every=2", "stages.0.warmup_steps=1",
+        changes = [f"stages.0.steps={steps}", f"batch_size={options.batch}", "save.log_every=2",
                    f'parallel.precision="{options.precision}"', "stages.0.learning_rate=1e-5"]  # fmt: skip
         config = RunConfig.from_dict(changed(to_dict(config), changes), "config")
         run = Run(config, Path(folder) / "out", Place(0, 1, torch.device(options.device)), print)
@@ -253,7 +253,7 @@ def data_speed(options: argparse.Namespace) -> dict[str, Any]:
     waited = statistics.median(row["waited_for_data"] for row in rows[1:])
     workers = config.data.workers
     print(f"\ndata, {workers} loading processes, JPEG 320 x 240 to {config.stages[0].image_size} px")
-    print(f"  loading alone {alone:9.1f} pictures/s; training {training:9.1f} pictures/s, waiting for data {waited:.1%}")
+    print(f"  loading alone {alone:9.1f} pictures/s; training {training:9.1f} pictures/s, waited {waited:.1%} for data")
     return {"loading_per_s": round(alone, 1), "training_per_s": training, "waited": waited, "workers": workers}
 
 

@@ -59,7 +59,7 @@ CLOTHING = {
 }
 """The data's labels and how the demo says them."""
 
-PROMPTS = {"caption": "", "ask": "question: {question} answer:", "zero_shot": "a photo of {}"}
+PROMPTS = {"caption": "", "ask": "question: {question} answer:", "zero_shot": "{}"}
 
 
 RULE = PreprocessRule(96, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", "squash", 0)

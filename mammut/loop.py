@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from mammut.accumulate import backward_of_step
 from mammut.checkpoint import load_checkpoint, save_checkpoint
 from mammut.clip_tokenizer import build_clip_tokenizer
+from mammut.guards import DamageTally, LossWatch
 from mammut.lora import add_lora, plain_state
 from mammut.model import Mammut
 from mammut.objective import Losses, PairBatch, TwoPass, processes
@@ -52,7 +53,6 @@ from mammut_runtime.tokenizer import Tokenizer
 CHECKPOINT_FOLDER = "checkpoint"
 LARGEST_SCALE = 100.0
 """InfoNCE's factor on the cosine is kept at or below it, as CLIP and openMaMMUT do; else it grows without end."""
-EXPLODING_STEPS, AVERAGED_STEPS = 3, 50
 
 
 def train(
@@ -74,7 +74,7 @@ def train(
         InputError: config, data or the run to be resumed do not fit.
         MammutError: a loss is not finite or explodes, too much data is damaged, or a checkpoint cannot be written.
     """
-    run = Run(config, out, place, note if place.main else lambda message: None)
+    run = Run(config, out, place, note)
     found = saved_steps(out)
     if found and not resume:
         raise InputError(f"{out}: already holds a run ({found[-1].name}); go on with --resume or choose another folder")
@@ -89,12 +89,14 @@ class Run:
     """The state of a run on this process."""
 
     def __init__(self, config: RunConfig, out: Path, place: Place, note: Callable[[str], None]) -> None:
-        self.config, self.out, self.place, self.note = config, out, place, note
+        self.config, self.out, self.place = config, out, place
+        self.note = note if place.main else _silent
         self.local_batch = config.local_batch(place.size)
         self.paths = expand(config.data.sources)
         self.tokenizer_json, model = starting_point(config)
         self.info = run_info(config, self.paths, self.tokenizer_json, place.size)
-        self.tally = DamageTally(config, self.paths, note)
+        self.tally = DamageTally(config, self.paths, self.note)
+        self.tally.note = note  # from now on each process names what it met
         if config.lora is not None:
             add_lora(model, config.lora)
         if config.optimizer.freeze:
@@ -157,7 +159,8 @@ class Run:
         )
         self.prepared.finish_backward()
         norm = float(clip_gradients(self.prepared.trained(), config.optimizer.clip))
-        measured = _global(losses)
+        measured, counts = _global(losses, self.tally.counts())
+        self.tally.check(*counts)
         self.watch.check(self.step, measured, norm, self._last_good())
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -235,8 +238,8 @@ class Run:
             **losses,
             "gradient_norm": norm,
             "logit_scale": float(self.model.log_logit_scale.detach().exp()),
-            "damaged_pictures": len(self.tally.names),
-            "damaged_shards": len(self.tally.shards),
+            "damaged_pictures": self.tally.found[0],
+            "damaged_shards": self.tally.found[1],
         }
 
     def _last_good(self) -> str:
@@ -244,82 +247,7 @@ class Run:
         return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written before"
 
 
-class LossWatch:
-    """Stops a run whose loss is not a number or explodes."""
-
-    def __init__(self, factor: float) -> None:
-        self.factor, self.average, self.seen, self.above = factor, 0.0, 0, 0
-
-    def check(self, step: int, losses: dict[str, float], norm: float, kept: str) -> None:
-        """Before the weights are changed. Raises MammutError, which says `kept`."""
-        loss = losses["loss"]
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        advice = f"{kept}; train again with a lower learning rate or a longer warm-up"
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise MammutError(f"step {step}: loss or gradient is not finite ({shown}, norm {norm:.4g}); {advice}")
-        # From the first loss on, which is the largest of a healthy run; a sum of uncertainties may be below 0.
-        exploding = self.seen > 0 and loss > max(self.average * self.factor, self.average + 1.0)
-        self.above = self.above + 1 if exploding else 0
-        if self.above >= EXPLODING_STEPS:
-            raise MammutError(f"step {step}: the loss explodes ({shown}, average before {self.average:.4g}); {advice}")
-        if not exploding:
-            self.seen += 1
-            self.average += (loss - self.average) / min(self.seen, AVERAGED_STEPS)
-
-    def state(self) -> list[float]:
-        return [self.average, self.seen, self.above]
-
-    def restore(self, state: list[float]) -> None:
-        self.average, self.seen, self.above = state[0], int(state[1]), int(state[2])
-
-
-class DamageTally:
-    """Counts and names what of the data cannot be used, and says when it is too much."""
-
-    def __init__(self, config: RunConfig, paths: tuple[str, ...], note: Callable[[str], None]) -> None:
-        """Missing files count at once. Raises MammutError where there are too many."""
-        self.options, self.paths, self.note = config.data, paths, note
-        self.names: list[str] = []
-        self.shards: dict[str, str] = {}
-        self.drawn = 0
-        for path, size in file_sizes(paths).items():
-            if size < 0:
-                self._broken(f"{path}: no such file")
-
-    def add(self, batch: LoadedBatch) -> None:
-        """Raises MammutError when more is damaged than the config allows."""
-        self.drawn += batch.drawn
-        for broken in batch.broken_shards:
-            self._broken(broken)
-        for name in batch.damaged:
-            self.names.append(name)
-            self.note(f"left out: {name}")
-        if len(self.names) > self.options.max_damaged_pictures * max(self.drawn, 1000):
-            raise MammutError(
-                f"{len(self.names)} of {self.drawn} samples cannot be used, more than the "
-                f"{self.options.max_damaged_pictures:.2%} that may be (data.max_damaged_pictures); the last: "
-                f"{self.names[-1]}"
-            )
-
-    def state(self) -> dict[str, Any]:
-        return {"drawn": self.drawn, "names": self.names[-100_000:], "shards": self.shards}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.drawn, self.names = state["drawn"], list(state["names"])
-        self.shards |= state["shards"]
-
-    def _broken(self, broken: str) -> None:
-        path, _, reason = broken.partition(": ")
-        if path in self.shards:
-            return
-        self.shards[path] = reason
-        self.note(f"shard cut short or left out: {broken}")
-        if len(self.shards) > self.options.max_damaged_shards * len(self.paths):
-            raise MammutError(
-                f"{len(self.shards)} of {len(self.paths)} shards are missing or broken, more than the "
-                f"{self.options.max_damaged_shards:.2%} that may be (data.max_damaged_shards): "
-                f"{', '.join(list(self.shards)[:5])}"
-            )
+def _silent(message: str) -> None: ...
 
 
 @dataclass
@@ -397,10 +325,11 @@ def stored_config(checkpoint: Path) -> RunConfig:
     raise problem
 
 
-def _global(losses: Losses) -> dict[str, float]:
-    """Means over processes."""
-    values: Tensor = torch.stack([losses.total, losses.contrastive, losses.caption]).float()
+def _global(losses: Losses, counts: list[int]) -> tuple[dict[str, float], list[int]]:
+    """Means of the losses and sums of the counts over processes."""
+    values: Tensor = torch.stack([losses.total, losses.contrastive, losses.caption]).double()
+    values = torch.cat([values / processes(), torch.tensor(counts, dtype=values.dtype, device=values.device)])
     if processes() > 1:
         dist.all_reduce(values)
-        values /= processes()
-    return dict(zip(("loss", "loss_contrastive", "loss_caption"), values.tolist(), strict=True))
+    numbers = values.tolist()
+    return dict(zip(("loss", "loss_contrastive", "loss_caption"), numbers, strict=False)), [int(n) for n in numbers[3:]]

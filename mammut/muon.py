@@ -1,8 +1,9 @@
 """Muon for the matrices of transformer blocks: each step's momentum is made orthogonal before it is applied.
 
-For small models on few pictures it needs about half the pictures that AdamW needs (measured on the demo's data, see the
-demo's model card). The orthogonalisation is the published quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon").
-Its cost is shared out among workers: each does some of the matrices and all exchange the results.
+For small models on few pictures it needs far fewer steps than AdamW: on the demo's data the contrastive loss reached
+2.28 after 200 steps of 96 pictures instead of 700 (one run each). The orthogonalisation is the published quintic
+Newton-Schulz iteration (Jordan et al. 2024, "Muon"). Its cost is shared out among workers: each does some of the
+matrices and all exchange the results.
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ class Behaviour:
     questions: tuple[tuple[Question, ...], ...]
     """Asked about each picture."""
     max_tokens: int
+    logit_scale: float
+    """Factor on cosines, of the model."""
     embeddings: Floats
     """float32[P, E]."""
     text_embeddings: Floats
@@ -227,6 +229,7 @@ class _Observer:
             texts=texts,
             questions=tuple(self._questions),
             max_tokens=self._max_tokens,
+            logit_scale=manifest.model.logit_scale,
             embeddings=np.stack(self._embeddings),
             text_embeddings=text_embeddings,
             captions=tuple(self._captions),

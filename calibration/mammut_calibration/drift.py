@@ -37,6 +37,8 @@ MEASURES = (
 )
 """Names of what is measured: fields of Drift, and of DriftLimits."""
 _EXAMPLES = 12
+SAME_FIT = 1.05
+"""Texts whose probabilities, by the reference, differ by less than this factor fit a picture equally well."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class DriftLimits:
     text_cosine_mean: float = 0.995
     text_cosine_min: float = 0.97
     retrieval_agreement: float = 0.93
-    """Pictures whose best text stays the same. Two texts that fit equally well may swap places."""
+    """Pictures whose best text stays the same, or becomes one that the reference finds as good (see SAME_FIT): texts of
+    a class, or of a model that is not sure, are often that close, and any rounding swaps them."""
     token_agreement: float = 0.90
     """Tokens of greedy captions that are the same at the same place; after a first difference few are."""
     forced_token_agreement: float = 0.96
@@ -200,7 +203,7 @@ def compare(reference: Behaviour, candidate: Behaviour) -> Drift:
         embedding_cosine_min=float(cosines.min()),
         text_cosine_mean=_share(text_cosines),
         text_cosine_min=float(text_cosines.min()) if reference.texts else None,
-        retrieval_agreement=_share(_best(reference) == _best(candidate)) if reference.texts else None,
+        retrieval_agreement=_retrieval_agreement(reference, candidate),
         token_agreement=_token_share(pairs),
         forced_token_agreement=_token_share(list(forced)),
         caption_agreement=_share([before == after for before, after in pairs]),
@@ -220,11 +223,19 @@ def _cosines(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np
     return clipped
 
 
-def _best(behaviour: Behaviour) -> NDArray[np.int64]:
-    """Index of the best text of each picture, int64[P]."""
-    scores = np.nan_to_num(behaviour.embeddings @ behaviour.text_embeddings.T, nan=-2.0)
-    best: NDArray[np.int64] = scores.argmax(axis=1)
-    return best
+def _retrieval_agreement(reference: Behaviour, candidate: Behaviour) -> float | None:
+    if not reference.texts:
+        return None
+    scores = _scores(reference)
+    chosen = _scores(candidate).argmax(axis=1)
+    lost = scores.max(axis=1) - scores[np.arange(len(scores)), chosen]
+    return _share(lost <= np.log(SAME_FIT))
+
+
+def _scores(behaviour: Behaviour) -> NDArray[np.float64]:
+    """Scaled cosines of pictures with texts, float64[P, T]: differences are logarithms of ratios of probabilities."""
+    cosines = behaviour.embeddings.astype(np.float64) @ behaviour.text_embeddings.T.astype(np.float64)
+    return np.asarray(np.nan_to_num(cosines, nan=-2.0) * behaviour.logit_scale)
 
 
 def _token_share(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float | None:

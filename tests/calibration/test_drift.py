@@ -76,7 +76,7 @@ def test_agreement_is_counted_by_hand(reference: Behaviour) -> None:
     assert drift.caption_agreement == pytest.approx(1 / 3)
     assert drift.answer_agreement == pytest.approx(2 / 3)
     assert drift.embedding_cosine_mean == pytest.approx((1 + 0.8 + 0) / 3)
-    assert drift.retrieval_agreement == pytest.approx(2 / 3)  # c: best was x (a tie of zeros), is y
+    assert drift.retrieval_agreement == 1.0  # a: x, b: y as before; to c both fitted equally well
     assert drift.where["embedding_cosine_min"] == "c" and drift.where["token_agreement"] == "c"
     assert [pair.picture for pair in drift.captions] == ["b", "c", "a"]
 
@@ -100,6 +100,22 @@ def test_a_candidate_is_led_through_the_references_caption(
             begin = np.array([[[rule.start_id, *ids[:place]]]], np.int64)
             assert decoder.run({"ids": begin, **past, **cross})["logits"][0, 0].argmax() == token
     assert found.forced != wanted
+
+
+def test_texts_that_fit_equally_well_may_swap_and_others_may_not(reference: Behaviour) -> None:
+    def with_texts(first: float, second: float) -> Behaviour:
+        """One picture, two texts with these cosines."""
+        vectors = [[cosine, np.sqrt(1 - cosine**2)] for cosine in (first, second)]
+        alike = dict(pictures=("a",), texts=("x", "y"), questions=((),), captions=(), forced=(), caption_texts=())
+        return dataclasses.replace(
+            reference, **alike, answers=(), logit_scale=100.0,
+            embeddings=np.array([[1, 0]], np.float32), text_embeddings=np.array(vectors, np.float32),
+        )  # fmt: skip
+
+    swapped = with_texts(0.5, 0.6)
+    assert compare(with_texts(0.5004, 0.5), swapped).retrieval_agreement == 1.0  # e ** 0.04: 4 % apart
+    assert compare(with_texts(0.5006, 0.5), swapped).retrieval_agreement == 0.0
+    assert compare(with_texts(0.5, 0.5006), swapped).retrieval_agreement == 1.0
 
 
 def test_numbers_that_are_none_fail(reference: Behaviour) -> None:

@@ -182,7 +182,7 @@ def test_missing_and_unknown_tensors_are_named(own: Path) -> None:
 
 def test_nan_weights_are_named(own: Path) -> None:
     edit_weights(own, text__positions=torch.full((24, 24), float("nan")))
-    with pytest.raises(CheckpointError, match="text.positions holds NaN"):
+    with pytest.raises(CheckpointError, match=r"text.positions holds NaN"):
         load_checkpoint(own)
 
 
@@ -222,7 +222,7 @@ def test_tokenizers_must_fit(own: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no such checkpoint"):
         load_checkpoint(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="no weights found"):
         load_checkpoint(tmp_path)

@@ -58,5 +58,5 @@ def test_inconsistent_sizes_are_refused(part: str, change: dict[str, object], me
 
 
 def test_embed_dim_must_be_the_text_width() -> None:
-    with pytest.raises(CheckpointError, match="embed_dim 25 must equal text.width 24"):
+    with pytest.raises(CheckpointError, match=r"embed_dim 25 must equal text\.width 24"):
         dataclasses.replace(presets.tiny(), embed_dim=25)

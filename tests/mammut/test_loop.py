@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from mammut.checkpoint import load_checkpoint
-from mammut.loop import LossWatch, Run, stored_config, train
+from mammut.loop import Run, stored_config, train
 from mammut.parallel import Place
 from mammut.run_config import RunConfig
 from mammut.run_log import read_log
@@ -139,29 +140,25 @@ def first_losses(run: Run, steps: int) -> list[float]:
     return found
 
 
-def test_torchrun_with_sharded_checkpoints(small_run: Any, tmp_path: Path) -> None:
-    """Two processes, FSDP2, every process writing its part; stopped after step 3, the rest repeated exactly."""
+@pytest.mark.parametrize(("strategy", "form"), [("fsdp", "sharded"), ("ddp", "whole")])
+def test_torchrun_is_resumed_exactly(small_run: Any, tmp_path: Path, strategy: str, form: str) -> None:
+    """Two processes; the checkpoint of the end is taken away, and the steps from the one before come out the same."""
     config_file = small_run.write(
-        'parallel.strategy="fsdp"', 'save.form="sharded"', "micro_batches=2", "stages.0.steps=5",
+        f'parallel.strategy="{strategy}"', f'save.form="{form}"', "micro_batches=2", "stages.0.steps=4",
         "parallel.recompute_blocks=true", "data.workers=1",
     )  # fmt: skip
     out = tmp_path / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = [*torchrun, "mammut.commands", "run", str(config_file), str(out)]
-    process = run_process(command)
-    _, messages = process.communicate(timeout=300)
-    assert process.returncode == 0, messages
+    _, messages = run_process(command).communicate(timeout=300)
     whole = curve(out)
-    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5]
-    assert (out / "step-00000003" / "process-1.json").is_file() and (out / "step-00000003" / "sharded").is_dir()
+    assert [row["step"] for row in whole] == [1, 2, 3, 4], messages
+    assert (out / "step-00000003" / "process-1.json").is_file()
+    assert (out / "step-00000003" / ("sharded" if form == "sharded" else "state.pt")).exists()
     first = load_checkpoint(out / "checkpoint").model
-    for path in sorted((out / "step-00000005").rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    (out / "step-00000005").rmdir()
-    process = run_process([*command, "--resume"])
-    _, messages = process.communicate(timeout=300)
-    assert process.returncode == 0, messages
-    assert "going on from" in messages and curve(out) == whole
+    shutil.rmtree(out / "step-00000004")
+    _, messages = run_process([*command, "--resume"]).communicate(timeout=300)
+    assert f"going on from {out}/step-00000003" in messages and curve(out) == whole, messages
     again = load_checkpoint(out / "checkpoint").model
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
 
@@ -216,7 +213,7 @@ def test_missing_and_broken_shards_are_named_and_skipped_up_to_the_share(small_r
     notes: list[str] = []
     config = small_run.with_("data.max_damaged_shards=0.5", "stages.0.steps=9")
     train(config, tmp_path / "a", ALONE, note=notes.append)
-    named = [each for each in notes if "shard cut short or left out" in each]
+    named = [each for each in notes if each.startswith("shard ")]
     assert len(named) == 2 and any("3.tar: no such file" in each for each in named)
     assert read_log(tmp_path / "a")[-1]["damaged_shards"] == 2
     with pytest.raises(MammutError, match="2 of 4 shards are missing or broken, more than the 30"):
@@ -246,26 +243,6 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(
     assert all(bool(torch.isfinite(value).all()) for value in state.values())
     train(small_run.config, tmp_path / "out", ALONE, resume=True)  # and it can be gone on from
     assert len(read_log(tmp_path / "out")) == 6
-
-
-def test_an_exploding_loss_stops_after_three_steps() -> None:
-    watch = LossWatch(3.0)
-
-    def check(loss: float, norm: float = 1.0) -> None:
-        watch.check(7, {"loss": loss}, norm, "the last good checkpoint is X")
-
-    for loss in (1400.0, 900.0, 300.0, 90.0, 40.0, 30.0):  # a focal loss on its way down
-        check(loss)
-    average = watch.average
-    for loss in (5 * average, 5 * average, 30.0, 5 * average, 5 * average):  # single outliers are no explosion
-        check(loss)
-    with pytest.raises(MammutError, match=r"step 7: the loss explodes .* the last good checkpoint is X"):
-        check(5 * average)
-    with pytest.raises(MammutError, match="not finite"):
-        check(1.0, float("inf"))
-    restored = LossWatch(3.0)
-    restored.restore(watch.state())
-    assert restored.state() == watch.state()
 
 
 def test_a_wrong_start_is_refused(small_run: Any, tmp_path: Path) -> None:

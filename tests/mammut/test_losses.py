@@ -58,7 +58,7 @@ def test_focal_is_finite_where_the_naive_form_is_not() -> None:
     logits = torch.tensor([[-200.0, 200.0]], requires_grad=True)
     loss = focal_contrastive(logits, torch.tensor([[True, False]]), 1.0)
     loss.backward()
-    assert float(loss) == pytest.approx(800.0)
+    assert loss.item() == pytest.approx(800.0)
     assert logits.grad is not None and bool(torch.isfinite(logits.grad).all())
 
 
