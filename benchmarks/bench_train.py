@@ -28,8 +28,9 @@ from torch.nn import functional as F
 
 from mammut.accumulate import backward_of_step
 from mammut.contrast import global_contrastive
+from mammut.memory_plan import EveryToken
 from mammut.model import Mammut
-from mammut.objective import ObjectiveOptions, PairBatch, TwoPass
+from mammut.objective import ObjectiveOptions, PairBatch, TwoPass, weighed
 from mammut.optimizers import OptimizerOptions, make_adamw, set_learning_rate
 from mammut.parallel import ParallelOptions, Place, Prepared
 from mammut.recipes import model_preset
@@ -50,12 +51,16 @@ def main() -> None:
     about = surroundings()
     print_surroundings(about)
     result: dict[str, Any] = {"surroundings": about, "options": vars(options)}
-    if options.only in ("all", "step"):
+    if options.no_clock:
+        result["arithmetic_overhead"] = two_pass_arithmetic(options)
+        print(f"{options.preset}: both passes over contrastive only by arithmetic, by tokens a text:")
+        print("  " + ", ".join(f"{tokens}: {extra:+.1%}" for tokens, extra in result["arithmetic_overhead"].items()))
+    elif options.only in ("all", "step"):
         result["step"] = step_speed(options)
         result["profile"] = profile(options)
-    if options.only in ("all", "memory"):
+    if options.only in ("all", "memory") and not options.no_clock:
         result["contrastive_memory"] = contrastive_memory(options)
-    if options.only in ("all", "data"):
+    if options.only in ("all", "data") and not options.no_clock:
         result["data"] = data_speed(options)
     print(json.dumps(result))
 
@@ -66,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--batch", type=int, default=64)
     out.add_argument("--caption-tokens", type=int, default=16, help="length of every text")
     out.add_argument("--image-size", type=int, help="pixels; default: the preset's")
+    out.add_argument("--no-clock", action="store_true", help="count the arithmetic of a step only")
     out.add_argument("--repeats", type=int, default=9)
     out.add_argument("--threads", type=int, default=4)
     out.add_argument("--device", default="cpu")
@@ -102,7 +108,38 @@ def step_speed(options: argparse.Namespace) -> dict[str, Any]:
     against_clip = median["contrastive only"] / median["plain CLIP step"] - 1
     print(f"  both passes take {overhead:+.1%} over contrastive only, which takes {against_clip:+.1%} over plain CLIP")
     speed = {name: round(options.batch / seconds, 2) for name, seconds in median.items()}
-    return {"pictures_per_s": speed, "two_pass_overhead": round(overhead, 4), "over_clip": round(against_clip, 4)}
+    arithmetic = two_pass_arithmetic(options)
+    print("  both passes over contrastive only, by arithmetic alone (multiplications of a step):")
+    print("   " + ", ".join(f" {tokens} tokens {extra:+.1%}" for tokens, extra in arithmetic.items()))
+    return {
+        "pictures_per_s": speed,
+        "two_pass_overhead": round(overhead, 4),
+        "over_clip": round(against_clip, 4),
+        "arithmetic_overhead": arithmetic,
+    }
+
+
+def two_pass_arithmetic(options: argparse.Namespace) -> dict[int, float]:
+    """Extra floating-point operations of both passes over contrastive only, by tokens of a text. No clock is involved:
+    counted on fake tensors, so it can be asked of models that no machine here could run."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found = {}
+    for tokens in (8, 16, 32, 64):
+        own = argparse.Namespace(**{**vars(options), "caption_tokens": tokens, "batch": 2, "device": "cpu"})
+        counts = []
+        for objective in (OBJECTIVES["both passes"], OBJECTIVES["contrastive only"]):
+            with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+                model, batch, _ = parts(own)
+                passes = EveryToken(model, objective, None, recompute_logits=False)
+                with sdpa_kernel(SDPBackend.MATH):
+                    losses = weighed(passes(batch), batch.keys, 1, model.config.contrastive, objective)
+                    losses.total.backward()
+            counts.append(counter.get_total_flops())
+        found[tokens] = round(counts[0] / counts[1] - 1, 4)
+    return found
 
 
 def two_pass_step(options: argparse.Namespace, objective: ObjectiveOptions) -> Callable[[], None]:
@@ -153,7 +190,9 @@ def parts(options: argparse.Namespace) -> tuple[Mammut, PairBatch, torch.device]
         torch.randn(options.batch, 3, size, size), padded, torch.arange(options.batch), ids[:, :-1], ids[:, 1:],
         torch.ones(options.batch, length - 1, dtype=torch.bool),
     )  # fmt: skip
-    return Mammut(config).to(device), batch.to(device), device
+    with device:
+        model = Mammut(config)
+    return model, batch.to(device), device
 
 
 def profile(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ RULE = PreprocessRule(96, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinea
 """Squash: the whole picture is seen, whatever its shape. Mean and deviation are the usual ones of photographs."""
 
 VOCABULARY = 2048
-MINUTES = 34.0
+MINUTES = 53.0
 WORKERS = 3
 
 

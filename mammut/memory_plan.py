@@ -109,7 +109,7 @@ def _passes(
         add_lora(model, lora)
     if frozen:
         freeze(model, frozen)
-    passes = _EveryToken(model, objective, parallel.autocast)
+    passes = EveryToken(model, objective, parallel.autocast)
     for name in passes.unused_parameters():
         model.get_parameter(name).requires_grad_(False)
     return passes
@@ -146,7 +146,7 @@ def _activations(passes: TwoPass, parallel: ParallelOptions, local: int, size: i
     return peak
 
 
-class _EveryToken(TwoPass):
+class EveryToken(TwoPass):
     """As if no text had padding: the most there can be, and a number that does not depend on data."""
 
     def counted_rows(self, hidden: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
