@@ -11,12 +11,15 @@ CLIP-style step of the same two towers, written here without any of the training
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import torch
 from measuring import child, peak_megabytes, print_surroundings, surroundings
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mammut.accumulate import backward_of_step
 from mammut.contrast import global_contrastive
@@ -123,11 +127,11 @@ def two_pass_arithmetic(options: argparse.Namespace) -> dict[int, float]:
     """Extra floating-point operations of both passes over contrastive only, by tokens of a text. No clock is involved:
     counted on fake tensors, so it can be asked of models that no machine here could run."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     found = {}
-    for tokens in (8, 16, 32, 64):
+    longest = model_preset(options.preset).text.context_length
+    for tokens in (each for each in (8, 16, 32, 64) if each <= longest):
         own = argparse.Namespace(**{**vars(options), "caption_tokens": tokens, "batch": 2, "device": "cpu"})
         counts = []
         for objective in (OBJECTIVES["both passes"], OBJECTIVES["contrastive only"]):
@@ -168,8 +172,12 @@ def clip_step(options: argparse.Namespace) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([*towers, model.log_logit_scale], lr=1e-4, fused=True)
     labels = torch.arange(len(batch.pixels), device=device)
 
+    def attention() -> AbstractContextManager[None]:
+        # The same kernel as the training loop's, for a fair comparison (see accumulate.py).
+        return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+        with attention(), torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
             _, images = model.encode_image(batch.pixels)
             logits = model.logit_scale * images @ model.encode_text(batch.text_ids).T
             loss = (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.float().T, labels)) / 2
@@ -184,6 +192,7 @@ def parts(options: argparse.Namespace) -> tuple[Mammut, PairBatch, torch.device]
     torch.manual_seed(0)
     config, device = model_preset(options.preset), torch.device(options.device)
     length, size = options.caption_tokens, options.image_size or config.vision.image_size
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=size))
     ids = torch.randint(3, config.text.vocab_size, (options.batch, length))
     padded = ids if config.text.mask_pads else F.pad(ids, (0, config.text.context_length - length))
     batch = PairBatch(

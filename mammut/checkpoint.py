@@ -250,13 +250,14 @@ def _read_tokenizer(folder: Path) -> bytes:
 def _read_weights(path: Path, config: MammutConfig, public: bool) -> tuple[dict[str, Tensor], MammutConfig]:
     """Our state dict in float32, its shapes checked, and the config with the embedding rows the file has."""
     if path.suffix == ".safetensors":
-        shapes = _header_shapes(path)
+        header = _header(path)
+        shapes = _shapes(openmammut.unwrap(header, path) if public else header)
         config = _fit_rows(config, shapes) if public else config
         _check_shapes(shapes, _expected_shapes(config, public), path)
-        state = load_file(path)
+        state = openmammut.unwrap(load_file(path), path) if public else load_file(path)
     else:
         state = openmammut.unwrap(_load_pickle(path), path)
-        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        shapes = _shapes(state)
         config = _fit_rows(config, shapes)
         _check_shapes(shapes, _expected_shapes(config, public), path)
     state = openmammut.from_public(state, config) if public else state
@@ -271,12 +272,18 @@ def _read_weights(path: Path, config: MammutConfig, public: bool) -> tuple[dict[
     return state, config
 
 
-def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _header(path: Path) -> dict[str, Tensor]:
+    """The tensors without their values (on the meta device); safetensors has checked the shapes against the size."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download or save it again") from error
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def _load_pickle(path: Path) -> object:
@@ -301,7 +308,7 @@ def _expected_shapes(config: MammutConfig, public: bool) -> dict[str, tuple[int,
     with torch.device("meta"):
         state = Mammut(config).state_dict()
         state = openmammut.to_public(state, config) if public else state
-    return {name: tuple(value.shape) for name, value in state.items()}
+    return _shapes(state)
 
 
 def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:

@@ -1,19 +1,42 @@
-"""`mammut-train`: a thin shell over train.py, data.py and the demo's recipe."""
+"""`mammut-train`: a thin shell over train.py, data.py and the demo's recipe. For runs at scale see commands_run.py."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mammut.commands_run import new, repeat, run_command, start_run
 from mammut_runtime import console
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def cli() -> None:
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.option(
+    "--resume-config", type=click.Path(path_type=Path), help="Instead of a command: repeat the run of this checkpoint."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="With --resume-config: gets the new run.")
+@click.pass_context
+def cli(context: click.Context, resume_config: Path | None, out: Path | None) -> int | None:
     """Train MaMMUT models on image-text pairs."""
+    if context.invoked_subcommand:
+        if resume_config or out:
+            raise click.UsageError(f"--resume-config and --out go without a command, got {context.invoked_subcommand}")
+        return None
+    if resume_config is None:
+        click.echo(context.get_help())
+        return None
+    if out is None:
+        raise click.UsageError("--resume-config: expected --out with the folder of the new run")
+    from mammut.loop import stored_config
+
+    return start_run(stored_config(resume_config), out)
+
+
+for _command in (new, repeat, run_command):
+    cli.add_command(_command)
 
 
 @cli.command()
@@ -99,3 +122,7 @@ def report(row: dict[str, Any]) -> None:
 def main() -> int:
     """The entry point of `mammut-train`."""
     return console.run(cli)
+
+
+if __name__ == "__main__":  # torchrun -m mammut.commands
+    sys.exit(main())

@@ -7,7 +7,6 @@ Files, downloads and tokenizers are checkpoint.py's. Facts: LAION-AI/open_clip_m
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from mammut.config import MammutConfig
 from mammut.presets import openmammut_config
 from mammut_runtime.errors import CheckpointError
 from mammut_runtime.preprocess import PreprocessRule
+from mammut_runtime.strict import parse_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -52,13 +52,15 @@ def read_config(folder: Path, name: str) -> tuple[MammutConfig, PreprocessRule]:
     """
     path = folder / "open_clip_config.json"
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_bytes()
+    except OSError as error:
         raise CheckpointError(f"{path}: expected a JSON config, but it cannot be read: {error}") from error
+    whole = parse_json(text, str(path), CheckpointError)
     if not isinstance(whole, dict) or not isinstance(whole.get("model_cfg", whole), dict):
         raise CheckpointError(f'{path}: expected {{"model_cfg": {{...}}}}, got another structure')
     model = Section(whole.get("model_cfg", whole), "model_cfg", path)
-    config = _model_config(model, name)
+    # Read once more as our own, which checks every range before a model is built.
+    config = MammutConfig.from_dict(_model_config(model, name).to_dict(), str(path))
     preprocess = _preprocess(Section(whole.get("preprocess_cfg") or {}, "preprocess_cfg", path), config)
     return config, preprocess
 
@@ -88,6 +90,13 @@ class Section:
         value = self.take(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1_000_000:
             raise CheckpointError(f"{self.path}: {self.where}.{key}: expected a positive whole number, got {value!r}")
+        return value
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """True or false, as JSON spells them."""
+        value = self.data.pop(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.path}: {self.where}.{key}: expected true or false, got {value!r}")
         return value
 
     def finish(self) -> None:
@@ -121,12 +130,12 @@ def _model_config(model: Section, name: str) -> MammutConfig:
         patch_size=vision.integer("patch_size"),
         vision=(vision.integer("layers"), width, max(width // head_width, 1), int(width * ratio)),
         text=(layers, text.integer("width"), text.integer("heads")),
-        mlp_in_crossed_blocks=bool(text.data.pop("has_mlp", True)),
+        mlp_in_crossed_blocks=text.boolean("has_mlp", True),
         cross_ratio=cross_ratio,
         context_length=text.integer("context_length", 77),
         vocab_size=vocab_size,
         embedding_rows=vocab_size,
-        quick_gelu=bool(model.data.pop("quick_gelu", False)),
+        quick_gelu=model.boolean("quick_gelu", False),
     )
     for section in (vision, text, model):
         section.finish()

@@ -3,8 +3,8 @@
 MAMMUT_ADAPTER=torch (the default) runs the PyTorch core; MAMMUT_ADAPTER=bundle exports each model to an fp32 bundle and
 runs that with the runtime.
 
-The kit's models are small and come without a tokenizer; ours needs some 500 ids for the bytes alone. So a checkpoint
-with fewer gets rows that nothing uses, and logits are cut back to the kit's ids.
+The kit's models come without a tokenizer; ours needs some 500 ids for the bytes alone. So a checkpoint with fewer gets
+rows that nothing uses, and logits are cut back to the kit's ids; with more, the tokenizer gets texts for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from mammut.bpe_training import MIN_VOCAB_SIZE, train_tokenizer
 from mammut.checkpoint import Checkpoint, load_checkpoint
 from mammut.clip_tokenizer import build_clip_tokenizer
-from mammut.openmammut import CLIP_MEAN, CLIP_STD
+from mammut.openmammut import CLIP_MEAN, CLIP_STD, unwrap
 from mammut_runtime import generation_openmammut
 from mammut_runtime.bundle import Bundle
 from mammut_runtime.cached_decoder import CachedDecoder, CacheShape
@@ -191,7 +191,8 @@ def _load(config_path: str, weights_path: str, image_size: int | None, tasks: tu
     folder = Path(_temporary_folder()) / "kit"
     folder.mkdir()
     vocab_size = _write_checkpoint(folder, Path(config_path), Path(weights_path))
-    checkpoint = load_checkpoint(folder, image_size=image_size, tokenizer_json=_small_tokenizer())
+    tokenizer_json = _tokenizer_of(max(vocab_size, MIN_VOCAB_SIZE))
+    checkpoint = load_checkpoint(folder, image_size=image_size, tokenizer_json=tokenizer_json)
     passes = TorchPasses(checkpoint) if MODE == "torch" else BundlePasses(checkpoint, tasks)
     return Model(passes, vocab_size)
 
@@ -202,7 +203,7 @@ def _write_checkpoint(folder: Path, config_path: Path, weights_path: Path) -> in
     text = config.get("model_cfg", config)["text_cfg"]
     had: int = text.get("vocab_size", 49_408)
     wanted = max(had, MIN_VOCAB_SIZE)
-    state = load_file(weights_path)
+    state = unwrap(load_file(weights_path), weights_path)
     if wanted > had:
         text["vocab_size"] = wanted
         table, head = state["text.token_embedding.weight"], state["text.text_projection"]
@@ -245,5 +246,8 @@ def _clip_tokenizer() -> Tokenizer:
 
 
 @functools.cache
-def _small_tokenizer() -> bytes:
-    return train_tokenizer(["one two three"], MIN_VOCAB_SIZE)
+def _tokenizer_of(vocab_size: int) -> bytes:
+    """A tokenizer with a text for every id that the kit's model may write."""
+    data = json.loads(train_tokenizer(["one two three"], MIN_VOCAB_SIZE))
+    data["model"]["vocab"] |= {f"id{number}": number for number in range(MIN_VOCAB_SIZE, vocab_size)}
+    return json.dumps(data).encode()

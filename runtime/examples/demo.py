@@ -61,8 +61,11 @@ def demo(bundle: Path, out: Path, pictures: Path | None) -> None:
             click.echo(f"Your pictures from {pictures}:")
             show(model, own_pictures(pictures), (*DRAWINGS, *FLOWERS.values(), *CLOTHING.values()), out)
         else:
-            click.echo("Drawings made by runtime/examples/drawings.py (no photographs):")
-            show(model, drawings(out), tuple(DRAWINGS), out)
+            shapes, others = split(drawings(out))
+            click.echo("Plain shapes drawn by runtime/examples/drawings.py (no photographs):")
+            show(model, shapes, tuple(DRAWINGS), out)
+            click.echo("\nEmoji-like things drawn there; the demo model knows few of these and mixes them up:")
+            show(model, others, tuple(DRAWINGS), out)
             click.echo()
             photos = list(held_out_photos())
             if photos:
@@ -76,7 +79,7 @@ def demo(bundle: Path, out: Path, pictures: Path | None) -> None:
 def show(model: Model, samples: Sequence[Sample], classes: Sequence[str], out: Path) -> None:
     """Caption, answer and match each sample; print a line each, and how many were right where we know."""
     classifier = model.classifier(classes)
-    right = {"caption": 0, "match": 0}
+    right = {"captions": 0, "answers": 0, "matches": 0}
     known = 0
     click.echo(table_line("picture", "caption", "question, answer", "best match"))
     for sample in samples:
@@ -91,10 +94,12 @@ def show(model: Model, samples: Sequence[Sample], classes: Sequence[str], out: P
         write_picture(out / f"{re.sub('[^a-zA-Z0-9]+', '-', sample.name)}.png", annotate(sample.picture.rgb(), lines))
         if sample.truth is not None:
             known += 1
-            right["caption"] += bool(re.search(rf"\b{re.escape(sample.truth)}\b", caption))
-            right["match"] += best.text == sample.truth
+            right["captions"] += bool(re.search(rf"\b{re.escape(sample.truth)}\b", caption))
+            right["answers"] += answer == (sample.truth.split()[-1] if sample.candidates else sample.truth)
+            right["matches"] += best.text == sample.truth
     if known:
-        click.echo(f"  right: {right['caption']} of {known} captions name it, {right['match']} of {known} matches")
+        counts = ", ".join(f"{count} of {known} {kind}" for kind, count in right.items())
+        click.echo(f"  right: {counts}")
 
 
 def table_line(*cells: str) -> str:
@@ -106,6 +111,12 @@ def table_line(*cells: str) -> str:
         "  "
         + console.printable("".join(f"{text:<{width}}" for text, width in zip(short, COLUMNS, strict=True))).rstrip()
     )
+
+
+def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Shapes, and the rest."""
+    shapes = [sample for sample in samples if sample.question == SHAPE_QUESTION]
+    return shapes, [sample for sample in samples if sample not in shapes]
 
 
 def drawings(out: Path) -> list[Sample]:

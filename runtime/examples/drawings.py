@@ -37,6 +37,15 @@ def yellow_rectangle() -> Canvas:
     return _shape((226, 240, 250), lambda canvas: _polygon(canvas, box, (255, 255, 0)))
 
 
+def green_triangle() -> Canvas:
+    return _shape((250, 240, 230), lambda canvas: _polygon(canvas, [(0.6, 0.2), (0.85, 0.6), (0.35, 0.6)], (0, 128, 0)))
+
+
+def black_rectangle() -> Canvas:
+    box = [(0.2, 0.5), (0.45, 0.5), (0.45, 0.85), (0.2, 0.85)]
+    return _shape((240, 250, 245), lambda canvas: _polygon(canvas, box, (0, 0, 0)))
+
+
 def red_heart() -> Canvas:
     return _shape(WHITE, lambda canvas: _heart(canvas, RED))
 
@@ -94,6 +103,8 @@ DRAWINGS: dict[str, Callable[[], Canvas]] = {
     "blue triangle": blue_triangle,
     "red circle": red_circle,
     "yellow rectangle": yellow_rectangle,
+    "green triangle": green_triangle,
+    "black rectangle": black_rectangle,
     "red heart": red_heart,
     "blue heart": blue_heart,
     "star": star,

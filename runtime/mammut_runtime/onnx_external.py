@@ -68,7 +68,7 @@ def check_external_data(model: bytes, where: str, sizes_bytes: Mapping[str, int]
 def external_tensors(model: bytes, where: str) -> Iterator[ExternalTensor]:
     """Every tensor of an ONNX file that has its data outside. Raises BundleError for bytes that are not ONNX."""
     # One entry per message on the way down: its kind, and its fields that are still to come.
-    stack = [("model", _fields(memoryview(model), where))]
+    stack = [("model", message_fields(memoryview(model), where))]
     while stack:
         kind, fields = stack[-1]
         child = next(((_CHILDREN[kind][number], value) for number, value in fields if number in _CHILDREN[kind]), None)
@@ -79,15 +79,15 @@ def external_tensors(model: bytes, where: str) -> Iterator[ExternalTensor]:
         elif len(stack) == _DEEPEST:
             raise BundleError(f"{where}: messages are nested more than {_DEEPEST} deep; we write no such graphs")
         else:
-            stack.append((child[0], _fields(child[1], where)))
+            stack.append((child[0], message_fields(child[1], where)))
 
 
 def _external_data(tensor: memoryview, where: str) -> Iterator[ExternalTensor]:
     found: dict[str, str] = {}
-    for number, entry in _fields(tensor, where):
+    for number, entry in message_fields(tensor, where):
         if number != _EXTERNAL_DATA:
             continue
-        pair = {1: "", 2: ""} | {n: _text(value, where) for n, value in _fields(entry, where) if n in (1, 2)}
+        pair = {1: "", 2: ""} | {n: _text(value, where) for n, value in message_fields(entry, where) if n in (1, 2)}
         if pair[1] not in _KEYS or pair[1] in found:
             raise BundleError(f"{where}: external data of a tensor: unknown or repeated key {pair[1][:80]!r}")
         found[pair[1]] = pair[2]
@@ -113,8 +113,11 @@ def _count(digits: str, where: str) -> int:
     return int(digits)
 
 
-def _fields(message: memoryview, where: str) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of each length-delimited field, in order; numbers of other wire types are stepped over."""
+def message_fields(message: memoryview, where: str) -> Iterator[tuple[int, memoryview]]:
+    """Number and content of each length-delimited field of a protobuf message, in order; other fields are stepped over.
+
+    Raises BundleError, which begins with `where`, for bytes that are not such a message.
+    """
     position, end = 0, len(message)
     while position < end:
         tag, position = _varint(message, position, where)

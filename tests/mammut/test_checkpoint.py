@@ -125,6 +125,19 @@ def test_public_forms_give_the_same_numbers(tmp_path: Path, form: str) -> None:
         assert torch.equal(got, want)
 
 
+def test_older_spellings_of_the_same_tensors_are_read(tmp_path: Path) -> None:
+    """A logit_scale of shape [1] and DistributedDataParallel's prefix, in safetensors as in pickles."""
+    folder, model = public_folder(tmp_path / "public", "safetensors")
+    path = folder / "open_clip_model.safetensors"
+    state = load_file(path)
+    save_file({f"module.{k}": v for k, v in (state | {"logit_scale": state["logit_scale"].reshape(1)}).items()}, path)
+    for got, want in zip(outputs(load_checkpoint(folder).model), outputs(model), strict=True):
+        assert torch.equal(got, want)
+    save_file(state | {"logit_scale": torch.zeros(2)}, path)  # control
+    with pytest.raises(CheckpointError, match=r"logit_scale: expected \[\], found \[2\]"):
+        load_checkpoint(folder)
+
+
 def test_files_of_another_library_beside_public_weights_are_left_alone(tmp_path: Path) -> None:
     folder, model = public_folder(tmp_path / "public", "safetensors")
     (folder / "config.json").write_text('{"model_type": "clip"}')

@@ -128,8 +128,29 @@ def test_damaged_and_missing_graphs(tmp_path: Path) -> None:
 
 
 def test_other_targets() -> None:
-    with pytest.raises(EngineError, match="for 'tensorrt', this runtime has an engine for 'onnxruntime' only"):
+    message = (
+        "for 'tensorrt', this runtime has engines for 'onnxruntime' and 'openvino'; export .* --target onnxruntime"
+    )
+    with pytest.raises(EngineError, match=message):
         open_engine(Path("any.onnx"), "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("onnxruntime", {"device": "GPU"}, "device is an option of openvino, and this bundle is for onnxruntime"),
+        ("onnxruntime", {"device_precision": True}, "device_precision is an option of openvino"),
+        ("onnxruntime", {"compile_cache": Path("cache")}, "compile_cache is an option of openvino"),
+        ("openvino", {"memory_arena": True}, "memory_arena is an option of onnxruntime, and this bundle is for open"),
+        ("openvino", {"spinning": True}, "spinning is an option of onnxruntime"),
+        ("openvino", {"prepack": False}, "prepack is an option of onnxruntime"),
+        ("openvino", {"allow_fallback": True}, "allow_fallback is an option of onnxruntime"),
+        ("openvino", {"providers": ("CUDAExecutionProvider",)}, "providers is an option of onnxruntime"),
+    ],
+)
+def test_options_of_another_engine_are_refused(target: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_engine(Path("any.onnx"), target, EngineOptions(**options))
 
 
 def test_providers_are_never_replaced_silently(graph: Path) -> None:
@@ -140,14 +161,47 @@ def test_providers_are_never_replaced_silently(graph: Path) -> None:
         open_engine(graph, "onnxruntime", EngineOptions(providers=("NoSuchProvider",)))
 
 
-def test_the_cpu_does_not_jump_in_unasked(graph: Path) -> None:
-    """A provider that cannot run the graph is an error, unless the CPU is named behind it."""
-    if "AzureExecutionProvider" not in module.library().get_available_providers():
+AZURE = "AzureExecutionProvider"
+"""In the usual wheels, and it takes no node of ours."""
+
+
+def needs_azure() -> None:
+    if AZURE not in module.library().get_available_providers():
         pytest.skip("this build of ONNX Runtime has no second provider to try")
-    with pytest.raises(EngineError, match=r"small\.onnx"):
-        open_engine(graph, "onnxruntime", EngineOptions(providers=("AzureExecutionProvider",)))
-    both = EngineOptions(providers=("AzureExecutionProvider", "CPUExecutionProvider"))
-    assert open_engine(graph, "onnxruntime", both).run(feeds())["last"].tolist() == [3, 7]
+
+
+def test_the_cpu_does_not_jump_in_unasked(graph: Path) -> None:
+    """The error says which nodes went where; with the fallback allowed the same graph runs."""
+    needs_azure()
+    wanted = rf"small\.onnx: {AZURE} cannot run the whole graph. Nodes: {AZURE} 0; {module.CPU} 3 \(1 Mul, .*allow_fall"
+    with pytest.raises(EngineError, match=wanted):
+        open_engine(graph, "onnxruntime", EngineOptions(providers=(AZURE,)))
+    for providers in ((AZURE,), (AZURE, module.CPU)):
+        options = EngineOptions(providers=providers, allow_fallback=True)
+        assert open_engine(graph, "onnxruntime", options).run(feeds())["last"].tolist() == [3, 7]
+
+
+def test_the_cpu_behind_another_provider_is_a_fallback_too(graph: Path) -> None:
+    needs_azure()
+    with pytest.raises(InputError, match=r"CPUExecutionProvider beside others is a fallback; allow it with allow_fall"):
+        open_engine(graph, "onnxruntime", EngineOptions(providers=(AZURE, module.CPU)))
+
+
+def test_provider_options(graph: Path) -> None:
+    needs_azure()
+    options = EngineOptions(providers=(AZURE,), provider_options=((AZURE, "key", "value"),), allow_fallback=True)
+    assert open_engine(graph, "onnxruntime", options).run(feeds())["last"].tolist() == [3, 7]
+    with pytest.raises(InputError, match=r"'backend_path' is for QNNExecutionProvider, which is not among the prov"):
+        EngineOptions(provider_options=(("QNNExecutionProvider", "backend_path", "libQnnHtp.so"),))
+
+
+def test_versions_that_do_not_tell_where_nodes_went_are_strict_too(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_azure()
+    monkeypatch.setattr(module, "records_placement", lambda _: False)
+    with pytest.raises(EngineError, match=r"small\.onnx: ONNX Runtime .* refuses it: .*fallback to CPU EP has been"):
+        open_engine(graph, "onnxruntime", EngineOptions(providers=(AZURE,)))
 
 
 def test_missing_library_says_what_to_install(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:

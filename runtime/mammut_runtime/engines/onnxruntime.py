@@ -6,11 +6,7 @@ to: no spinning threads, no arena that never shrinks, no pinning of threads to c
 
 from __future__ import annotations
 
-import math
-import os
 import re
-from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mammut_runtime.engines import EngineOptions
-from mammut_runtime.errors import EngineError
+from mammut_runtime.engines.cores import physical_cores as physical_cores
+from mammut_runtime.engines.feeds import GraphInputs
+from mammut_runtime.engines.placement import CPU as CPU
+from mammut_runtime.engines.placement import check_placement, records_placement
+from mammut_runtime.errors import EngineError, InputError
 
 MIN_VERSION = (1, 20)
 """The first version our graphs were run with; pyproject.toml asks for the same."""
-CPU = "CPUExecutionProvider"
 INSTALL = "pip install mammut-edge[onnxruntime]"
 _PROVIDER_PACKAGES = {
     "CUDAExecutionProvider": "onnxruntime-gpu in place of onnxruntime",
@@ -31,11 +30,13 @@ _PROVIDER_PACKAGES = {
     "DmlExecutionProvider": "onnxruntime-directml in place of onnxruntime",
     "CoreMLExecutionProvider": "onnxruntime on macOS",
     "QNNExecutionProvider": "onnxruntime-qnn in place of onnxruntime",
+    "XnnpackExecutionProvider": "a build of ONNX Runtime with XNNPACK (the ones for Android and iOS have it)",
 }
+_NO_FALLBACK = "session.disable_cpu_ep_fallback"
 _FATAL_ONLY = 4
 """ONNX Runtime's log severity: its warnings are about graph optimisations, and its errors are exceptions too; both
 would spill over a user's terminal."""
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int64)": np.dtype(np.int64),
@@ -67,10 +68,10 @@ class OnnxRuntimeEngine:
         """Raises EngineError when the library, a provider or the graph cannot be used."""
         ort = library()
         self._name = path.name
-        _check_providers(options.providers, ort.get_available_providers())
+        _check_providers(options, ort.get_available_providers())
         try:
             session = ort.InferenceSession(
-                str(path), sess_options=_session_options(ort, options), providers=list(options.providers)
+                str(path), sess_options=_session_options(ort, options), providers=_with_options(options)
             )
             session.disable_fallback()
         except Exception as problem:  # its exceptions share no class of their own
@@ -78,7 +79,10 @@ class OnnxRuntimeEngine:
         missing = [name for name in options.providers if name not in session.get_providers()]
         if missing:
             raise EngineError(f"{path}: provider {missing[0]} did not start; is its driver installed?")
-        self._inputs = {each.name: (_DTYPES.get(each.type), tuple(each.shape)) for each in session.get_inputs()}
+        if _strict(options) and records_placement(ort):
+            check_placement(path, session, options.providers)
+        inputs = {each.name: (_DTYPES.get(each.type), tuple(each.shape)) for each in session.get_inputs()}
+        self._inputs = GraphInputs(path.name, inputs)
         self._outputs = [each.name for each in session.get_outputs()]
         self._session: Any = session
 
@@ -87,7 +91,7 @@ class OnnxRuntimeEngine:
         session = self._session
         if session is None:
             raise EngineError(f"{self._name}: this engine is closed; load the model again")
-        self._check(feeds)
+        self._inputs.check(feeds)
         try:
             outputs = session.run(self._outputs, feeds)
         except Exception as problem:
@@ -96,23 +100,6 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         self._session = None
-
-    def _check(self, feeds: dict[str, NDArray[Any]]) -> None:
-        """Some 10 us for a decoder with 40 inputs. ONNX Runtime checks too, in words that do not help the caller."""
-        if feeds.keys() != self._inputs.keys():
-            missing, unknown = self._inputs.keys() - feeds.keys(), feeds.keys() - self._inputs.keys()
-            raise EngineError(f"{self._name}: inputs missing: {_listed(missing)}; unknown: {_listed(unknown)}")
-        for name, (dtype, shape) in self._inputs.items():
-            feed = feeds[name]
-            if feed.dtype != dtype or not _fits(feed.shape, shape):
-                wanted = f"{dtype}[{', '.join(map(str, shape))}]"
-                raise EngineError(f"{self._name}: input {name} must be {wanted}, got {feed.dtype}{list(feed.shape)}")
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int | str | None, ...]) -> bool:
-    if len(shape) != len(expected):
-        return False
-    return all(not isinstance(want, int) or want == size for size, want in zip(shape, expected, strict=True))
 
 
 def _session_options(ort: Any, options: EngineOptions) -> Any:
@@ -126,54 +113,40 @@ def _session_options(ort: Any, options: EngineOptions) -> Any:
     settings.add_session_config_entry("session.inter_op.allow_spinning", spinning)
     if not options.prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
-    if CPU not in options.providers:
-        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if _strict(options):
+        # Where ONNX Runtime tells what it put where, we look ourselves: its own refusal names no node.
+        entry = "session.record_ep_graph_assignment_info" if records_placement(ort) else _NO_FALLBACK
+        settings.add_session_config_entry(entry, "1")
     return settings
 
 
-def _check_providers(wanted: Iterable[str], available: list[str]) -> None:
-    for name in wanted:
+def _strict(options: EngineOptions) -> bool:
+    """Whether there is something that the processor must not take over."""
+    return CPU not in options.providers and not options.allow_fallback
+
+
+def _with_options(options: EngineOptions) -> list[str | tuple[str, dict[str, str]]]:
+    """The providers as ONNX Runtime wants them."""
+    given = {
+        name: {key: value for owner, key, value in options.provider_options if owner == name}
+        for name in options.providers
+    }
+    return [(name, given[name]) if given[name] else name for name in options.providers]
+
+
+def _check_providers(options: EngineOptions, available: list[str]) -> None:
+    for name in options.providers:
         if name not in available:
             package = _PROVIDER_PACKAGES.get(name, "an ONNX Runtime package that has it")
             raise EngineError(f"provider {name} is not there, only {', '.join(available)}; install {package}")
-
-
-@cache
-def physical_cores() -> int:
-    """Physical cores that this process may use: at least 1. Hyper-threads, other processes' cores (taskset) and more
-    than a container's CPU quota do not count."""
-    try:
-        allowed = sorted(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows: the system does not say; half of the threads is right for most
-        return max(1, (os.cpu_count() or 2) // 2)
-    cores = {_siblings(cpu) for cpu in allowed}
-    return max(1, min(len(cores), _container_cores()))
-
-
-def _siblings(cpu: int) -> str:
-    """The hyper-threads of this one's core, as the kernel writes them ("0,4"); the number itself where it does not."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
-    except (OSError, ValueError):
-        return str(cpu)
-
-
-def _container_cores() -> int:
-    """Cores that the control group grants, rounded up; very many where there is no limit."""
-    unlimited = 1 << 20
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return unlimited if quota == "max" else max(1, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError, ZeroDivisionError):
-        return unlimited
+    if CPU in options.providers and options.providers != (CPU,) and not options.allow_fallback:
+        raise InputError(
+            f"providers: {CPU} beside others is a fallback; allow it with allow_fallback (--allow-fallback), or leave "
+            f"it out to have the graph on {options.providers[0]} as a whole"
+        )
 
 
 def _reason(problem: Exception) -> str:
     """ONNX Runtime's message on one line, without its source positions."""
     text = re.sub(r"/[^ ]*\.(?:cc|h):\d+ ", "", " ".join(str(problem).split()))
     return text[:500] or type(problem).__name__
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:8]) + (" ..." if len(shown) > 8 else "") if shown else "none"
