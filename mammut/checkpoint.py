@@ -93,7 +93,9 @@ def load_checkpoint(
     """
     folder, weights = _locate(str(spec))
     public = weights.name != WEIGHTS
-    parts = _read_public_config(folder, weights) if public else _read_own(folder)
+    # The hub's folders are named by a hash.
+    name = str(spec).rpartition("/")[2] if str(spec).startswith("hf-hub:") else folder.resolve().name
+    parts = _read_public_config(folder, weights, name) if public else _read_own(folder)
     state, config = _read_weights(weights, parts.model, public)
     if tokenizer_json is None:
         # Public folders may hold a tokenizer.json for another library; their weights were trained with CLIP's.
@@ -193,9 +195,13 @@ def _download(name: str) -> Path:
         raise CheckpointError(f"hf-hub:{name}: expected hf-hub:ORG/NAME")
     small = ["config.json", "open_clip_config.json", "tokenizer.json"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*small, WEIGHTS, PUBLIC_WEIGHTS[0]]))
-        if not list(folder.glob("*.safetensors")):
-            huggingface_hub.snapshot_download(name, allow_patterns=[*small, PUBLIC_WEIGHTS[1]])
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small))
+        # As in _locate: beside a public config, model.safetensors is another library's copy of the weights.
+        public = (folder / "open_clip_config.json").is_file()
+        for weights in PUBLIC_WEIGHTS if public else (WEIGHTS,):
+            huggingface_hub.snapshot_download(name, allow_patterns=[*small, weights])
+            if (folder / weights).is_file():
+                break
         return folder
     except Exception as error:  # the library raises its own, requests' and OSErrors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -217,8 +223,7 @@ def _read_own(folder: Path) -> CheckpointConfig:
     return from_dict(CheckpointConfig, parse_json(text, str(path), CheckpointError), str(path), CheckpointError)
 
 
-def _read_public_config(folder: Path, weights: Path) -> CheckpointConfig:
-    name = folder.resolve().name
+def _read_public_config(folder: Path, weights: Path, name: str) -> CheckpointConfig:
     if (folder / "open_clip_config.json").is_file():
         model, preprocess = openmammut.read_config(folder, name)
     else:

@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
 }
 RUNTIME_MAY_IMPORT = {"numpy", "cv2", "tokenizers", "ftfy", "click"}
 """Import names of the base dependencies in pyproject.toml."""
-ENGINES = {"engines/onnxruntime.py": "onnxruntime"}
+ENGINES = {"engines/onnxruntime.py": "onnxruntime", "engines/openvino.py": "openvino"}
 """The only files that may name an engine library."""
 
 
@@ -141,7 +141,7 @@ def test_the_list_of_dependencies_is_the_one_in_pyproject() -> None:
     assert {"opencv-python-headless" if name == "cv2" else name for name in RUNTIME_MAY_IMPORT} == names
 
 
-BLOCKED = {"torch", "onnx", "onnxruntime", "safetensors", "PIL", "mammut", "mammut_export", "mammut_calibration"}
+BLOCKED = {"torch", "onnx", "onnxruntime", "openvino", "safetensors", "PIL", "mammut", "mammut_export", "mammut_calibration"}
 ENGINE_MODULES = {"mammut_runtime." + name.removesuffix(".py").replace("/", ".") for name in ENGINES}
 
 

@@ -156,13 +156,15 @@ def update_index(
 
     progress: called with (done, to do) after every batch. rebuild: begin anew, also where the old index was made with
     another model or of another folder.
-    Raises InputError for a folder that is none or has no pictures, a file that is not an index, and an index of another
-    model or folder.
+    Raises InputError for a folder that is none or has no pictures, an index in a folder that is not there, a file that
+    is not an index, and an index of another model or folder.
     """
     if batch_size < 1 or checkpoint_every < 1:
         raise InputError(f"batch_size and checkpoint_every must be at least 1, got {batch_size} and {checkpoint_every}")
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder with pictures, there is none")
+    if not index.absolute().parent.is_dir():  # found out now, not after hours of encoding
+        raise InputError(f"{index}: expected a file in a folder that is there; make {index.parent} first")
     draft = _Draft(model, folder, index, rebuild)
     found, skipped = _scan(folder)
     if not found and not index.exists():

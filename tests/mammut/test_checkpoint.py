@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,28 @@ def test_the_hub_offline_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         load_checkpoint("hf-hub:laion/no-such-model-here")
     with pytest.raises(CheckpointError, match="expected hf-hub:ORG/NAME"):
         load_checkpoint("hf-hub:nonsense")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_the_hub_is_asked_for_one_file_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Also where another library's model.safetensors lies beside the public weights."""
+    remote, model = public_folder(tmp_path / "remote", form)
+    (remote / "model.safetensors").write_bytes(b"another library's")
+    local = tmp_path / "snapshots" / "0123abcd"
+    local.mkdir(parents=True)
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "laion/openMaMMUT-tiny"
+        for pattern in allow_patterns:
+            if (remote / pattern).is_file():
+                shutil.copy(remote / pattern, local)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    loaded = load_checkpoint("hf-hub:laion/openMaMMUT-tiny")
+    assert torch.equal(outputs(loaded.model)[0], outputs(model)[0])
+    assert loaded.model.config.name == "openMaMMUT-tiny"
+    assert not (local / "model.safetensors").exists()
 
 
 def test_the_hub_library_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,9 @@ def test_cross_blocks_follow_the_public_rule(tmp_path: Path, layers: int, ratio:
         ({"vision_cfg__widht": 7}, "unknown keys in vision_cfg: widht"),
         ({"text_cfg__width": None}, r"text_cfg\.width is missing"),
         ({"vision_cfg__layers": -1}, r"vision_cfg\.layers: expected a positive whole number, got -1"),
+        ({"vision_cfg__layers": 999_999}, r"vision\.layers: expected a number from 1 to 256, got 999999"),
+        ({"text_cfg__has_mlp": "false"}, r"text_cfg\.has_mlp: expected true or false, got 'false'"),
+        ({"quick_gelu": "no"}, r"model_cfg\.quick_gelu: expected true or false, got 'no'"),
         ({"vision_cfg__image_size": [224, 196]}, "expected a square size"),
         ({"embed_dim": 640}, "embed_dim 640 must equal text.width 512"),
         ({"preprocess_cfg__size": 336}, "preprocess_cfg.size 336 differs from vision_cfg.image_size 224"),
@@ -90,9 +93,13 @@ def test_other_architectures_and_typos_are_refused(tmp_path: Path, changes: dict
 
 
 def test_not_json(tmp_path: Path) -> None:
-    (tmp_path / "open_clip_config.json").write_text("{")
+    path = tmp_path / "open_clip_config.json"
     with pytest.raises(CheckpointError, match="expected a JSON config"):
         openmammut.read_config(tmp_path, "x")
+    for text, message in (("{", "not readable as JSON"), ("[" * 100_000, "nested too deeply")):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            openmammut.read_config(tmp_path, "x")
 
 
 def tiny_public_config(**changes: Any) -> MammutConfig:

@@ -173,6 +173,8 @@ def needs_azure() -> None:
 def test_the_cpu_does_not_jump_in_unasked(graph: Path) -> None:
     """The error says which nodes went where; with the fallback allowed the same graph runs."""
     needs_azure()
+    if not module.records_placement(module.library()):
+        pytest.skip("this version of ONNX Runtime does not tell which nodes went where")
     wanted = rf"small\.onnx: {AZURE} cannot run the whole graph. Nodes: {AZURE} 0; {module.CPU} 3 \(1 Mul, .*allow_fall"
     with pytest.raises(EngineError, match=wanted):
         open_engine(graph, "onnxruntime", EngineOptions(providers=(AZURE,)))

@@ -200,6 +200,8 @@ def test_folders_without_pictures(toy_bundle: Any, photos: Path, tmp_path: Path)
         update_index(model, tmp_path / "bare", tmp_path / "i")
     with pytest.raises(InputError, match="expected a folder with pictures, there is none"):
         update_index(model, tmp_path / "none", tmp_path / "i")
+    with pytest.raises(InputError, match="expected a file in a folder that is there"):
+        update_index(model, photos, tmp_path / "none" / "i")
     assert not (tmp_path / "i").exists()
     update_index(model, photos, tmp_path / "i")
     for path in photos.rglob("*.png"):
