@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -293,7 +294,8 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _load_pickle(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before PyTorch 1.6 are no zip archives, and cannot be mapped into memory.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: holds more than tensors and plain values, so it is not opened") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:

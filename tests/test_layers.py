@@ -141,7 +141,17 @@ def test_the_list_of_dependencies_is_the_one_in_pyproject() -> None:
     assert {"opencv-python-headless" if name == "cv2" else name for name in RUNTIME_MAY_IMPORT} == names
 
 
-BLOCKED = {"torch", "onnx", "onnxruntime", "openvino", "safetensors", "PIL", "mammut", "mammut_export", "mammut_calibration"}
+BLOCKED = {
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "safetensors",
+    "PIL",
+    "mammut",
+    "mammut_export",
+    "mammut_calibration",
+}
 ENGINE_MODULES = {"mammut_runtime." + name.removesuffix(".py").replace("/", ".") for name in ENGINES}
 
 

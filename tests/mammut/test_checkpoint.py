@@ -139,6 +139,13 @@ def test_older_spellings_of_the_same_tensors_are_read(tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
+def test_a_file_in_the_old_format_is_read(tmp_path: Path) -> None:
+    folder, model = public_folder(tmp_path / "public", "bin")
+    path = folder / "open_clip_pytorch_model.bin"
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    assert torch.equal(outputs(load_checkpoint(folder).model)[0], outputs(model)[0])
+
+
 def test_files_of_another_library_beside_public_weights_are_left_alone(tmp_path: Path) -> None:
     folder, model = public_folder(tmp_path / "public", "safetensors")
     (folder / "config.json").write_text('{"model_type": "clip"}')

@@ -251,6 +251,12 @@ def test_version_floor(version: str, right: bool, monkeypatch: pytest.MonkeyPatc
             module.library()
 
 
+def test_buffers_are_kept_only_where_asked_for(graph: Path) -> None:
+    kept = open_engine(graph, "openvino", EngineOptions(threads=1, memory_arena=True))
+    for batch in (1, 64, 2):
+        np.testing.assert_array_equal(kept.run(feeds(batch))["scaled"], feeds(batch)["numbers"] * 2)
+
+
 def test_several_threads_share_an_engine(engine: Engine) -> None:
     wrong = []
 

@@ -23,7 +23,7 @@ MAX_THREADS = 1024
 ENGINES = ("onnxruntime", "openvino")
 """Targets of bundles that this runtime has an engine for."""
 _ONLY = {
-    "onnxruntime": ("spinning", "memory_arena", "prepack", "providers", "provider_options", "allow_fallback"),
+    "onnxruntime": ("spinning", "prepack", "providers", "provider_options", "allow_fallback"),
     "openvino": ("device", "device_precision", "compile_cache"),
 }
 """Engine → the options that no other engine understands."""
@@ -49,8 +49,8 @@ class EngineOptions:
     """ONNX Runtime: let idle threads wait in a busy loop. A little faster for back-to-back calls, and it eats a core
     that the rest of a device needs; with several graphs open, their pools fight."""
     memory_arena: bool = False
-    """ONNX Runtime: keep freed memory in the engine for the next call. Faster for large inputs, and it never shrinks:
-    its size is that of the largest call so far, per graph."""
+    """Keep freed memory in the engine for the next call. Faster for large inputs, and it never shrinks: its size is
+    that of the largest call so far, per graph."""
     prepack: bool = True
     """ONNX Runtime: copy weights into memory in the order the processor likes best. Without it they stay in the mapped
     file, which all graphs share and the system may drop; beam search then took twice as long, greedy captions 1.4

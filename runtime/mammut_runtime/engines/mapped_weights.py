@@ -1,4 +1,4 @@
-"""Gives the pages of mapped weights back once an engine has made its own copies of them.
+"""Gives memory back that an engine needed only to open a graph: pages of mapped weights that it has copied since.
 
 An engine that maps weights.bin and packs the matrices into a layout of its own has read every page once, and the pages
 stay counted as this process's memory although nothing looks at them again: on OpenVINO they doubled the resident size
@@ -13,7 +13,6 @@ import ctypes
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 LOCK = threading.Lock()
 """Held while an engine maps its files, so that each knows which mappings are its own."""
@@ -36,10 +35,13 @@ class MappedWeights:
         """Let the pages go. Safe at any time, also while they are read: what is no longer mapped is not touched."""
         if not self._ours:
             return
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc's; it keeps what packing has freed
+            libc.malloc_trim(0)
         still_there = set(_read_only_mappings(self._folder))
         for start, end in self._ours:
             if (start, end) in still_there:
-                _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
     def forget(self) -> None:
         """They may be unmapped from now on."""
@@ -58,7 +60,3 @@ def _read_only_mappings(folder: str) -> list[tuple[int, int]]:
             start, end = fields[0].split("-")
             found.append((int(start, 16), int(end, 16)))
     return found
-
-
-def _madvise() -> Any:
-    return ctypes.CDLL(None).madvise

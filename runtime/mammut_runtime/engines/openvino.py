@@ -1,9 +1,9 @@
 """Graphs on OpenVINO: one compiled model per graph, on the one device that was asked for.
 
 What OpenVINO would do quietly and we do not want, it is told not to: no bfloat16 where the bundle was tested in
-float32, no device that chooses itself, no pinning of threads to cores. Every call has an infer request of its own and
-copies in and out: arrays that OpenVINO shares with the caller are overwritten by later calls (test_engines_openvino.py
-shows it).
+float32, no device that chooses itself, no pinning of threads to cores, no buffers that never shrink. Each engine has an
+infer request of its own, used by one call at a time, with copies in and out: arrays that OpenVINO shares with the
+caller are overwritten by later calls (test_engines_openvino.py shows it).
 
 There is no stateful decoder (keys and values kept inside the graph): docs/log.md says what it measured.
 """
@@ -86,49 +86,47 @@ class OpenVinoEngine:
         self._inputs = GraphInputs(path.name, inputs)
         self._input_names = [_name_among(port, inputs, path.name) for port in self._compiled.inputs]
         self._check_placement()
-        self._idle: list[Any] = []
-        self._lock = threading.Lock()
-        self._runs = 0
+        self._request: Any = self._compiled.create_infer_request()
+        self._keep_buffers, self._runs = options.memory_arena, 0
+        self._turn = threading.Lock()
         self._weights.give_back()
 
     def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """See Engine. Raises EngineError that names the input that does not fit."""
         self._inputs.check(feeds)
-        request = self._request()
-        try:
-            for index, name in enumerate(self._input_names):
-                request.set_input_tensor(index, self._library.Tensor(np.ascontiguousarray(feeds[name])))  # a copy
-            request.start_async()  # infer() would copy every output once more
-            request.wait()
-            outputs = [request.get_output_tensor(index).data.copy() for index in range(len(self._output_names))]
-        except RuntimeError as problem:
-            raise EngineError(f"{self._name}: OpenVINO failed: {_reason(problem)}") from problem
-        self._put_back(request)
+        tensors = [self._library.Tensor(np.ascontiguousarray(feeds[name])) for name in self._input_names]  # copies
+        with self._turn:
+            if self._compiled is None:
+                raise EngineError(f"{self._name}: this engine is closed; load the model again")
+            try:
+                outputs = self._infer(tensors)
+            except RuntimeError as problem:
+                raise EngineError(f"{self._name}: OpenVINO failed: {_reason(problem)}") from problem
+            self._tidy()
         return dict(zip(self._output_names, outputs, strict=True))
 
     def close(self) -> None:
-        with self._lock:
+        with self._turn:
             self._weights.forget()  # before the graph goes, and its mappings with it
-            self._compiled = None
-            self._idle.clear()
+            self._compiled = self._request = None
 
-    def _request(self) -> Any:
-        """A request that nobody else uses."""
-        with self._lock:
-            if self._compiled is None:
-                raise EngineError(f"{self._name}: this engine is closed; load the model again")
-            return self._idle.pop() if self._idle else self._compiled.create_infer_request()
+    def _infer(self, tensors: list[Any]) -> list[NDArray[Any]]:
+        """Copies of the outputs: what a request shows is its own memory, and the next call writes into it."""
+        for index, tensor in enumerate(tensors):
+            self._request.set_input_tensor(index, tensor)
+        self._request.start_async()  # infer() would copy every output once more
+        self._request.wait()
+        return [self._request.get_output_tensor(index).data.copy() for index in range(len(self._output_names))]
 
-    def _put_back(self, request: Any) -> None:
-        with self._lock:
-            if self._compiled is None:
-                return
-            self._idle.append(request)
-            self._runs += 1
-            # Matrices are packed when a call first needs them, so their pages come back: after the first call, and
-            # later, more and more rarely, for calls of another size.
-            if self._runs & (self._runs - 1) == 0:
-                self._weights.give_back()
+    def _tidy(self) -> None:
+        """Give back what a call leaves behind; only while no other one runs."""
+        if not self._keep_buffers:
+            self._compiled.release_memory()
+        self._runs += 1
+        # Matrices are packed when a call first needs them, so their pages come back: after the first call, and later,
+        # more and more rarely, for calls of another size.
+        if self._runs & (self._runs - 1) == 0:
+            self._weights.give_back()
 
     def _check_placement(self) -> None:
         """Compiled for one device, it must be there."""
