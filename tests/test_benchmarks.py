@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,21 +14,32 @@ ROOT = Path(__file__).parent.parent
 TINY_BUNDLE = ROOT / "tests" / "data" / "tiny-bundle"
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Imports a script by its path in the repository, as running it would."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def load_script(name: str) -> ModuleType:
+        path = ROOT / name
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load_script
 
 
 def test_the_runtime_and_the_reference_are_measured_and_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    bench = load(ROOT / "benchmarks" / "bench_runtime.py")
+    bench = load("benchmarks/bench_runtime.py")
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
-    load(ROOT / "tests" / "make_tiny_bundle.py").tiny_checkpoint(tmp_path)
+    load("tests/make_tiny_bundle.py").tiny_checkpoint(tmp_path)
     checkpoint = str(tmp_path / "tiny")
     row = {
         "model": "tiny",
@@ -45,8 +58,8 @@ def test_the_runtime_and_the_reference_are_measured_and_compared(
     assert 0 < row["step_reads_mb"] < row["unique_weights_mb"]
 
 
-def test_a_child_that_fails_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    measuring = load(ROOT / "benchmarks" / "measuring.py")
+def test_a_child_that_fails_ends_the_benchmark(load: Load, tmp_path: Path) -> None:
+    measuring = load("benchmarks/measuring.py")
     (tmp_path / "fails.py").write_text("raise SystemExit(3)")
     with pytest.raises(SystemExit, match="exit code 3"):
         measuring.child([str(tmp_path / "fails.py")], 1)
@@ -54,8 +67,8 @@ def test_a_child_that_fails_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch, 
     assert measuring.child([str(tmp_path / "works.py")], 1) == {"a": 1}
 
 
-def test_timings_leave_out_warm_up_and_preparation() -> None:
-    measuring = load(ROOT / "benchmarks" / "measuring.py")
+def test_timings_leave_out_warm_up_and_preparation(load: Load) -> None:
+    measuring = load("benchmarks/measuring.py")
     calls: list[str] = []
     timing = measuring.timed(lambda: calls.append("work"), 3, warm_up=2, prepare=lambda: calls.append("prepare"))
     assert calls == ["prepare", "work"] * 5 and timing.repeats == 3

@@ -36,7 +36,7 @@ Run = Callable[..., Done]
 
 
 @pytest.fixture
-def run(toy_bundle: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(toy_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs mammut-run in this process; its bundle is the toy bundle, and every bundle gets the toy's functions."""
     names = {"vision": "_vision", "text": "_text", "memory": "_memory"}
 
@@ -45,6 +45,7 @@ def run(toy_bundle: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return FakeEngine(lambda feeds: getattr(owner, name)(feeds))
 
     monkeypatch.setattr("mammut_runtime.model.open_engine", open_engine)
+    monkeypatch.chdir(tmp_path)  # the checkout may have a build/demo-bundle
     monkeypatch.setenv(commands_inputs.BUNDLE_VARIABLE, str(toy_bundle.folder))
 
     def call(*arguments: object) -> Done:
