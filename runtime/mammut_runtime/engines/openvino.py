@@ -71,12 +71,12 @@ class OpenVinoEngine:
         self._library = library()
         self._name, self._device = path.name, options.device
         check_device(options.device, devices())
-        settings = _settings(options)
         with LOCK:
             self._weights = MappedWeights(path.parent)
             try:
                 model = core().read_model(str(path))
                 inputs, self._output_names = _inputs(model), _output_names(model)
+                settings = _settings(options, lengths_vary=any(None in shape[1:] for _, shape in inputs.values()))
                 self._compiled: Any = core().compile_model(model, options.device, settings)
                 del model
             except RuntimeError as problem:
@@ -149,7 +149,8 @@ def check_device(device: str, available: tuple[str, ...]) -> None:
         raise EngineError(f"device {device} is not there, only {existing}{hint}")
 
 
-def _settings(options: EngineOptions) -> dict[str, Any]:
+def _settings(options: EngineOptions, lengths_vary: bool) -> dict[str, Any]:
+    """lengths_vary: the graph has open sizes besides the number of pictures or texts."""
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if not options.device_precision:
         settings["INFERENCE_PRECISION_HINT"] = "f32"
@@ -159,6 +160,11 @@ def _settings(options: EngineOptions) -> dict[str, Any]:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
         }
+    if options.device == "CPU" and lengths_vary:
+        # OpenVINO (seen in 2025.2 and 2026.4.1) fuses the two MatMuls and the Softmax of an attention; where the first
+        # call has length 1, the fused one gives garbage at every other length (a text's embedding was off by 0.5).
+        # There is no finer switch.
+        settings["SNIPPETS_MODE"] = "DISABLE"
     if options.compile_cache is not None:
         try:
             options.compile_cache.mkdir(parents=True, exist_ok=True, mode=0o700)
