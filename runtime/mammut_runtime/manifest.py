@@ -26,6 +26,9 @@ TOKENIZER_FILE = "tokenizer.json"
 Width = Annotated[int, Between(1, 16_384)]
 Layers = Annotated[int, Between(1, 256)]
 TokenId = Annotated[int, Between(0, 1_999_999)]
+Scheme = Literal["fp32", "fp16", "int8", "int8-dynamic", "int4"]
+"""Precision of one graph. int8: weights and activations, ranges from calibration. int8-dynamic: the same, ranges found
+at run time. int4: weights only, in blocks."""
 FileName = Annotated[
     str,
     Matching(
@@ -170,12 +173,44 @@ class ParityInfo:
 
 @dataclass(frozen=True)
 class QuantizationInfo:
-    """How a graph's numbers are stored and computed where that is not float32, and what it costs."""
+    """How a graph's numbers are stored and computed where that is not float32."""
 
     weights: Literal["float32", "float16", "int8", "int4"]
     activations: Literal["float32", "float16", "int8", "uint8"]
     drift: Annotated[dict[str, Annotated[float, Between(0, 1e6)]], Length(0, 64)]
     """Output → mean of 1 - cosine against float32 on the data the user gave; empty if not measured."""
+    kept: Annotated[tuple[Line, ...], Length(0, 4096)] = ()
+    """Layers of this graph that stayed in floating point."""
+
+
+@dataclass(frozen=True)
+class InputProfile:
+    """Shapes that an engine built ahead of time is to take at one input: the smallest, the usual, the largest."""
+
+    minimum: Annotated[tuple[Annotated[int, Between(0, 2_000_000)], ...], Length(0, 8)]
+    optimum: Annotated[tuple[Annotated[int, Between(0, 2_000_000)], ...], Length(0, 8)]
+    maximum: Annotated[tuple[Annotated[int, Between(0, 2_000_000)], ...], Length(0, 8)]
+
+
+@dataclass(frozen=True)
+class DriftInfo:
+    """What the whole bundle does differently from the same checkpoint in float32, on held-out data of the user."""
+
+    data_sha256: Annotated[str, Matching("[0-9a-f]{64}", "64 hexadecimal digits, lower case")]
+    pictures: Annotated[int, Between(1, 10**9)]
+    measures: Annotated[dict[str, Annotated[float, Between(-1, 1)]], Length(1, 64)]
+    """Measure → value; 1 is no drift."""
+    limits: Annotated[dict[str, Annotated[float, Between(-1, 1)]], Length(0, 64)]
+    """Measure → the least that was acceptable."""
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Measures below their limits, in words. Not empty: the bundle was published with --accept-drift."""
+        return tuple(
+            f"{name} is {value:.4f}, expected at least {self.limits[name]:.4f}"
+            for name, value in self.measures.items()
+            if name in self.limits and not value >= self.limits[name]
+        )
 
 
 @dataclass(frozen=True)
@@ -205,7 +240,8 @@ class Manifest:
 
     format: Literal[1] = FORMAT
     target: Literal["onnxruntime", "openvino", "tensorrt"]
-    precision: Literal["fp32", "fp16", "int8", "int4"]
+    precision: Literal["fp32", "fp16", "int8", "int8-dynamic", "int4", "mixed"]
+    """Of every graph, or mixed; `quantization` has each graph's own."""
     opset: Annotated[int, Between(18, 30)]
     """ONNX operator set of the graphs."""
     made_by: Annotated[dict[str, Line], Length(0, 64)]
@@ -219,6 +255,10 @@ class Manifest:
     """"graph.output" → measured error and its tolerance."""
     quantization: Annotated[dict[str, QuantizationInfo], Length(0, 16)]
     """Graph → how it is quantized; graphs in float32 may be left out."""
+    drift: DriftInfo | None = None
+    """Null where nothing was quantized, or nothing measured."""
+    profiles: Annotated[dict[str, dict[str, InputProfile]], Length(0, 16)] = field(default_factory=dict)
+    """Graph → input → shapes to build for; only in bundles for tensorrt."""
     files: Annotated[dict[FileName, FileInfo], Length(1, 256)]
     """Every file of the folder except manifest.json."""
     canary: Canary = field(repr=False)
