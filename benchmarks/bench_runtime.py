@@ -63,9 +63,21 @@ def prepared(name: str) -> tuple[str, Path]:
     checkpoint = "demo" if name == "demo" else str(FOLDER / f"{name}-checkpoint")
     if name != "demo" and not Path(checkpoint, "config.json").exists():
         write_random_checkpoint(name, Path(checkpoint))
-    if not (bundle / "manifest.json").exists():
-        subprocess.run([tool("mammut-export"), checkpoint, str(bundle), "--target", "onnxruntime"], check=True)
+    if not usable(bundle):
+        options = ["--target", "onnxruntime", "--overwrite"]
+        subprocess.run([tool("mammut-export"), checkpoint, str(bundle), *options], check=True, stdout=sys.stderr)
     return checkpoint, bundle
+
+
+def usable(bundle: Path) -> bool:
+    """Whether it is there, and of this version."""
+    from mammut_runtime.bundle import Bundle
+    from mammut_runtime.errors import BundleError
+
+    try:
+        return "vision" in Bundle.open(bundle).manifest.graphs
+    except BundleError:
+        return False
 
 
 def write_random_checkpoint(size: str, folder: Path) -> None:

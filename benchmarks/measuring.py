@@ -17,7 +17,7 @@ from typing import Any
 from mammut_runtime.doctor import examine_machine, peak_memory_bytes
 
 ROOT = Path(__file__).parent.parent
-DISTRIBUTIONS = ("mammut-edge", "numpy", "onnxruntime", "torch", "opencv-python-headless", "tokenizers")
+DISTRIBUTIONS = ("mammut-edge", "numpy", "onnxruntime", "openvino", "torch", "opencv-python-headless", "tokenizers")
 
 
 @dataclass(frozen=True)

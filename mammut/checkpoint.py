@@ -95,19 +95,22 @@ def load_checkpoint(
     folder, weights = _locate(str(spec))
     public = weights.name != WEIGHTS
     # The hub's folders are named by a hash.
-    name = str(spec).rpartition("/")[2] if str(spec).startswith("hf-hub:") else folder.resolve().name
-    parts = _read_public_config(folder, weights, name) if public else _read_own(folder)
+    called = str(spec).rpartition("/")[2] if str(spec).startswith("hf-hub:") else folder.resolve().name
+    parts = _read_public_config(folder, weights, called) if public else _read_own(folder)
     state, config = _read_weights(weights, parts.model, public)
     if tokenizer_json is None:
         # Public folders may hold a tokenizer.json for another library; their weights were trained with CLIP's.
-        clip = public and config.text.embedding_rows == CLIP_VOCABULARY
+        clip = public and config.text.vocab_size == CLIP_VOCABULARY
         tokenizer_json = build_clip_tokenizer() if clip else _read_tokenizer(folder)
     tokenizer = Tokenizer.from_bytes(tokenizer_json)
-    if tokenizer.vocab_size > config.text.embedding_rows:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model has only "
-            f"{config.text.embedding_rows} embedding rows; use the tokenizer it was trained with"
-        )
+    # More embedding rows than tokens are only unused; a token without a row or a column has no meaning to the model.
+    sizes = {"embedding rows": config.text.embedding_rows, "output columns": config.text.vocab_size}
+    for name, size in sizes.items():
+        if tokenizer.vocab_size > size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model has only {size} {name}; "
+                f"use the tokenizer it was trained with"
+            )
     preprocess = parts.preprocess
     if image_size is not None and image_size != config.vision.image_size:
         config, state["vision.positions"] = _resized(config, state["vision.positions"], image_size)

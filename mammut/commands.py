@@ -1,21 +1,40 @@
-"""`mammut-train`: a thin shell over train.py, data.py and the demo's recipe. For runs at scale see commands_run.py."""
+"""`mammut-train`: a thin shell over training/ and demo/. For `new` and `run` see commands_run.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mammut.commands_run import new, repeat, run_command, start_run
+from mammut.commands_run import launch, new, repeat, run_command, set_option, start_run
 from mammut_runtime import console
+
+if TYPE_CHECKING:
+    from mammut.training.loop import Evaluate
+    from mammut.training.run_config import RunConfig
+
+
+def _small(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of runs on one machine."""
+    for option in (
+        click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUT, if there is one."),
+        click.option("--minutes", type=float, help="Stop after so long, with a checkpoint; go on with --resume."),
+        click.option(
+            "--processes", type=click.IntRange(1), default=1, show_default=True, help="One thread each if several."
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.option(
-    "--resume-config", type=click.Path(path_type=Path), help="Instead of a command: repeat the run of this checkpoint."
+    "--resume-config",
+    type=click.Path(path_type=Path),
+    help="Instead of a command: short for `repeat CHECKPOINT OUT`. Begins anew; to go on, see `run --resume`.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="With --resume-config: gets the new run.")
 @click.pass_context
@@ -30,7 +49,7 @@ def cli(context: click.Context, resume_config: Path | None, out: Path | None) ->
         return None
     if out is None:
         raise click.UsageError("--resume-config: expected --out with the folder of the new run")
-    from mammut.loop import stored_config
+    from mammut.training.loop import stored_config
 
     return start_run(stored_config(resume_config), out)
 
@@ -42,17 +61,19 @@ for _command in (new, repeat, run_command):
 @cli.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--minutes", type=float, default=None, help="Length of the run. Default: that of the shipped model.")
-@click.option("--workers", type=int, default=None, help="Processes, one thread each. Default: 3.")
-@click.option("--resume", is_flag=True, help="Go on from OUT/training.pt.")
-def demo(data: Path, out: Path, minutes: float | None, workers: int | None, resume: bool) -> None:
-    """Train the demo model that ships, from the DATA folder; OUT gets training.pt, log.jsonl and checkpoint/."""
-    from mammut.demo_recipe import demo_job
-    from mammut.train import train
+@click.option("--steps", type=click.IntRange(1), help="Length of the run. Default: that of the shipped model.")
+@_small
+def demo(data: Path, out: Path, steps: int | None, processes: int, minutes: float | None, resume: bool) -> int:
+    """Train the demo model that ships, from the DATA folder.
 
-    job = demo_job(data, out, minutes=minutes, workers=workers, warn=console.note)
-    job = dataclasses.replace(job, resume=resume, report=report)
-    console.note(f"checkpoint: {train(job)}")
+    OUT gets data/ and tokenizer.json (what DATA says, as training reads it), config.json, and what `run` writes.
+    """
+    from mammut.demo.evaluate import glance
+    from mammut.demo.recipe import STEPS, demo_run
+
+    config = demo_run(data, out, steps or STEPS)
+    again = ["demo", str(data), str(out), "--steps", str(config.steps)]
+    return _train(config, out, again, glance(data), processes=processes, minutes=minutes, resume=resume)
 
 
 @cli.command("demo-eval")
@@ -62,8 +83,8 @@ def demo(data: Path, out: Path, minutes: float | None, workers: int | None, resu
 def demo_eval(data: Path, checkpoint: str, sheet: Path | None) -> None:
     """Print every figure of the demo's model card, measured on held-out pictures of the DATA folder, as JSON."""
     from mammut.checkpoint import load_checkpoint
-    from mammut.contact_sheet import draw_sheet
-    from mammut.evaluate_demo import evaluate
+    from mammut.demo.contact_sheet import draw_sheet
+    from mammut.demo.evaluate import evaluate
 
     loaded = load_checkpoint(checkpoint)
     if sheet is not None:
@@ -78,45 +99,48 @@ def demo_eval(data: Path, checkpoint: str, sheet: Path | None) -> None:
     "--preset", default="demo", show_default=True, help="demo, tiny, paper-base, paper-huge, openmammut-B-32 ..."
 )
 @click.option("--init", help="Start from this checkpoint instead of a preset with random weights.")
-@click.option("--steps", type=int, help="Length of the run; such runs can be repeated exactly.")
-@click.option("--minutes", type=float, help="Length of the run by the clock.")
-@click.option("--batch-size", type=int, default=96, show_default=True)
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes, one thread each if more than one.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True)
-@click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
-@click.option(
-    "--question-share", type=float, default=0.4, show_default=True, help="How often to ask instead of caption."
-)
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Length of the run.")
 @click.option("--vocab-size", type=int, default=2048, show_default=True, help="Of the tokenizer trained on the texts.")
-@click.option(
-    "--max-damaged", type=float, default=0.01, show_default=True, help="Share of pictures that may be unreadable."
-)
-@click.option("--no-mirror", is_flag=True, help="For pictures of writing, and texts that say left and right.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--resume", is_flag=True, help="Go on from OUT/training.pt.")
-def fit(data: tuple[Path, ...], out: Path, **given: Any) -> None:
-    """Train on your own pairs.
+@_small
+@set_option
+def fit(
+    data: tuple[Path, ...],
+    out: Path,
+    preset: str,
+    init: str | None,
+    steps: int,
+    vocab_size: int,
+    changes: tuple[str, ...],
+    **given: Any,
+) -> int:
+    """Train on your own pairs: `new` and `run` in one, with what suits thousands of pictures.
 
     DATA are WebDataset tars (KEY.jpg with KEY.json or KEY.txt) or folders with a pairs.jsonl of {"file", "caption"}
-    or {"file", "question", "answer"} lines. OUT gets training.pt, log.jsonl and checkpoint/.
+    or {"file", "question", "answer"} lines. OUT gets tokenizer.json, config.json, and what `run` writes.
     """
-    from mammut.augment import AugmentOptions
-    from mammut.fit import FitOptions, fit_job
-    from mammut.train import TrainOptions, train
+    from mammut.training.recipes import fit_run
+    from mammut.training.run_config import RunConfig, changed
+    from mammut_runtime.strict import to_dict
 
-    own = {key: given.pop(key) for key in ("preset", "init", "vocab_size", "max_damaged")}
-    resume, augment = given.pop("resume"), AugmentOptions(mirror=not given.pop("no_mirror"))
-    options = TrainOptions(**given, augment=augment)
-    job = fit_job(data, out, FitOptions(**own), options, warn=console.note)
-    console.note(f"checkpoint: {train(dataclasses.replace(job, resume=resume, report=report))}")
+    files = [str(path / "pairs.jsonl") if path.is_dir() else str(path) for path in data]
+    config = fit_run(files, out, preset=preset, init=init, steps=steps, vocab_size=vocab_size)
+    config = RunConfig.from_dict(changed(to_dict(config), changes), "config")
+    return _train(config, out, ["run", str(out / "config.json"), str(out)], None, **given)
 
 
-def report(row: dict[str, Any]) -> None:
-    """One line on stderr for a logged row."""
-    console.note(
-        f"{row['progress']:6.1%}  step {row['step']:6d}  {row['image_size']} px  contrastive "
-        f"{row['loss_contrastive']:.3f}  caption {row['loss_caption']:.3f}  {row['pictures_per_s']:.0f} pictures/s"
-    )
+def _train(
+    config: RunConfig, out: Path, again: list[str], evaluate: Evaluate | None, *, processes: int, **given: Any
+) -> int:
+    """Write OUT/config.json and train; several processes give themselves the command `again`."""
+    from mammut.training.run_state import begun
+    from mammut_runtime.strict import to_json
+
+    begun(out, given["resume"])
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_bytes(to_json(config))
+    if processes > 1:
+        return launch(again, processes, **given)
+    return start_run(config, out, evaluate=evaluate, **given)
 
 
 def main() -> int:

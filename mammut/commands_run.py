@@ -12,10 +12,11 @@ from mammut_runtime import console
 from mammut_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from mammut.memory_plan import MemoryPlan
-    from mammut.run_config import RunConfig
+    from mammut.training.loop import Evaluate
+    from mammut.training.memory_plan import MemoryPlan
+    from mammut.training.run_config import RunConfig
 
-_set = click.option(
+set_option = click.option(
     "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the config: stages.0.steps=100. Repeatable."
 )
 
@@ -24,6 +25,7 @@ def _running(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of the commands that train."""
     for option in (
         click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUT, if there is one."),
+        click.option("--minutes", type=float, help="Stop after so long, with a checkpoint; go on with --resume."),
         click.option("--dry-run", is_flag=True, help="Print what a run needs on each device; train nothing."),
         click.option("--devices", type=click.IntRange(1), help="For --dry-run: how many. Default: torchrun's, or 1."),
         click.option("--device-memory-gb", type=float, default=80.0, show_default=True, help="For --dry-run."),
@@ -41,7 +43,7 @@ def _running(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--start", help="Fine-tuning: demo, a checkpoint folder or file, or hf-hub:ORG/NAME.")
 @click.option("--image-size", type=int, help="Fine-tuning at another picture size, pixels.")
 @click.option("--lora", is_flag=True, help="Fine-tuning: train low-rank products beside the frozen model.")
-@_set
+@set_option
 def new(
     recipe: str,
     data: tuple[str, ...],
@@ -56,8 +58,8 @@ def new(
 
     DATA are WebDataset tars or JSON Lines files; braces name many: 'cc/{00000..00331}.tar'.
     """
-    from mammut.recipes import finetune, model_preset, pretrain
-    from mammut.run_config import RunConfig, changed
+    from mammut.training.recipes import finetune, model_preset, pretrain
+    from mammut.training.run_config import RunConfig, changed
     from mammut_runtime.strict import to_dict, to_json
 
     if recipe == "pretrain":
@@ -76,7 +78,7 @@ def new(
 @click.command("run")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@_set
+@set_option
 @_running
 def run_command(config: Path, out: Path, changes: tuple[str, ...], **given: Any) -> int:
     """Train as the file CONFIG says (see `new`).
@@ -84,7 +86,7 @@ def run_command(config: Path, out: Path, changes: tuple[str, ...], **given: Any)
     OUT gets log.jsonl, the run's own checkpoints step-N/, and at the end checkpoint/. On several devices:
     torchrun --nproc-per-node 8 -m mammut.commands run CONFIG OUT
     """
-    from mammut.run_config import RunConfig
+    from mammut.training.run_config import RunConfig
 
     return start_run(RunConfig.read(config, changes), out, **given)
 
@@ -92,12 +94,15 @@ def run_command(config: Path, out: Path, changes: tuple[str, ...], **given: Any)
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@_set
+@set_option
 @_running
 def repeat(checkpoint: Path, out: Path, changes: tuple[str, ...], **given: Any) -> int:
-    """Train again, from the beginning, as the run that wrote CHECKPOINT: config, seeds and data are stored in it."""
-    from mammut.loop import stored_config
-    from mammut.run_config import RunConfig, changed
+    """Train again, from the beginning, as the run that wrote CHECKPOINT: config, seeds and data are stored in it.
+
+    `mammut-train --resume-config CHECKPOINT --out OUT` is the same. To go on where a run stopped: `run --resume`.
+    """
+    from mammut.training.loop import stored_config
+    from mammut.training.run_config import RunConfig, changed
     from mammut_runtime.strict import to_dict
 
     config = RunConfig.from_dict(changed(to_dict(stored_config(checkpoint)), changes), str(checkpoint))
@@ -109,6 +114,8 @@ def start_run(
     out: Path,
     *,
     resume: bool = False,
+    minutes: float | None = None,
+    evaluate: Evaluate | None = None,
     dry_run: bool = False,
     devices: int | None = None,
     device_memory_gb: float = 80.0,
@@ -117,20 +124,34 @@ def start_run(
     """Train, or plan; returns the exit code: 1 for a plan that does not fit."""
     if dry_run:
         return _plan(config, devices, device_memory_gb)
-    from mammut.loop import train
-    from mammut.parallel import joined
+    from mammut.training.loop import train
+    from mammut.training.parallel import joined
 
     with joined(device) as place:  # type: ignore[arg-type]
-        folder = train(config, out, place, resume=resume, note=console.note)
+        given: dict[str, Any] = {"resume": resume, "minutes": minutes, "evaluate": evaluate}
+        folder = train(config, out, place, note=console.note, **given)
         if place.main:
             console.note(f"checkpoint: {folder}")
     return 0
 
 
+def launch(arguments: list[str], processes: int, *, resume: bool, minutes: float | None) -> int:
+    """Run `mammut-train ARGUMENTS` in several processes of this machine, by torchrun; returns the exit code."""
+    import subprocess
+    import sys
+
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "mammut.commands"]
+    more = ["--resume"] * resume + (["--minutes", str(minutes)] if minutes is not None else [])
+    code = subprocess.run([sys.executable, "-m", *torchrun, *arguments, *more], check=False).returncode
+    if code:
+        console.note("a training process failed; its own message, above torchrun's, says why")
+    return 2 if code else 0
+
+
 def _plan(config: RunConfig, devices: int | None, device_memory_gb: float) -> int:
     import os
 
-    from mammut.memory_plan import plan_memory
+    from mammut.training.memory_plan import plan_memory
 
     plan = plan_memory(
         config.model,
@@ -171,7 +192,7 @@ def plan_text(plan: MemoryPlan, config: RunConfig, device_memory_gb: float) -> s
 
 
 def _vocabulary(tokenizer: str) -> int:
-    from mammut.loop import tokenizer_bytes
+    from mammut.training.loop import tokenizer_bytes
     from mammut_runtime.tokenizer import Tokenizer
 
     return Tokenizer.from_bytes(tokenizer_bytes(tokenizer)).vocab_size

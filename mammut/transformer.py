@@ -26,13 +26,21 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-2, -3).flatten(-2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+PLAIN_LENGTH = 256
+"""Keys up to which training on a CPU uses the formula. PyTorch's fused kernel has a slow backward there, slowest for
+short sequences in bfloat16 (benchmarks/bench_train.py --only attention); beyond, the formula's memory counts: it keeps
+the scores."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, plain: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v over [..., H, L, D].
 
     PyTorch's own kernel takes one batch dimension. An exporter gets the formula instead: what it makes of the kernel is
     three times as many nodes (it guards rows that are masked as a whole, which we have none of).
+
+    plain: the formula also where there are at most PLAIN_LENGTH keys.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or (plain and k.shape[-2] <= PLAIN_LENGTH):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v
     out = F.scaled_dot_product_attention(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), attn_mask=mask)
@@ -60,7 +68,7 @@ class SelfBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation, has_mlp: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.plain_attention = heads, False
         self.norm_1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -76,7 +84,7 @@ class SelfBlock(nn.Module):
         q, k, v = split_heads(self.qkv(self.norm_1(x_BLW)), 3 * self.heads).chunk(3, dim=-3)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=-2), torch.cat([past[1], v], dim=-2)
-        x_BLW = x_BLW + self.out(merge_heads(attention(q, k, v, mask)))
+        x_BLW = x_BLW + self.out(merge_heads(attention(q, k, v, mask, self.plain_attention)))
         if self.mlp is not None and self.norm_2 is not None:
             x_BLW = x_BLW + self.mlp(self.norm_2(x_BLW))
         return x_BLW, (k, v)
@@ -87,7 +95,7 @@ class CrossBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation, memory_norm: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.plain_attention = heads, False
         self.norm_1 = nn.LayerNorm(width)
         self.norm_memory = nn.LayerNorm(width) if memory_norm else None
         self.query = nn.Linear(width, width)
@@ -106,6 +114,6 @@ class CrossBlock(nn.Module):
     def forward(self, x_BLW: Tensor, memory: KeysValues) -> Tensor:
         """There is no mask, so sequences of one picture may stand one after another along L."""
         q = split_heads(self.query(self.norm_1(x_BLW)), self.heads)
-        x_BLW = x_BLW + self.out(merge_heads(attention(q, *memory)))
+        x_BLW = x_BLW + self.out(merge_heads(attention(q, *memory, plain=self.plain_attention)))
         out: Tensor = x_BLW + self.mlp(self.norm_2(x_BLW))
         return out

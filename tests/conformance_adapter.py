@@ -1,7 +1,7 @@
 """Connects the conformance kit (../shared/conformance/check.py) to this project; its docstring says what it wants.
 
 MAMMUT_ADAPTER=torch (the default) runs the PyTorch core; MAMMUT_ADAPTER=bundle exports each model to an fp32 bundle and
-runs that with the runtime.
+runs that with the runtime on ONNX Runtime, MAMMUT_ADAPTER=openvino on OpenVINO.
 
 The kit's models come without a tokenizer; ours needs some 500 ids for the bytes alone. So a checkpoint with fewer gets
 rows that nothing uses, and logits are cut back to the kit's ids; with more, the tokenizer gets texts for them.
@@ -39,6 +39,7 @@ from mammut_runtime.tokenizer import Tokenizer
 torch.set_num_threads(1)  # tiny models: more threads only wait for one another
 
 MODE = os.environ.get("MAMMUT_ADAPTER", "torch")
+TARGETS = {"bundle": "onnxruntime", "openvino": "openvino"}
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
@@ -88,11 +89,11 @@ class BundlePasses:
         from mammut_export.export import ExportOptions, export
 
         folder = Path(_temporary_folder()) / "bundle"
-        export(checkpoint, folder, ExportOptions(tasks=tasks))
+        export(checkpoint, folder, ExportOptions(target=TARGETS[MODE], tasks=tasks))
         bundle = Bundle.open(folder)
         self.info = bundle.manifest.model
         self.engines = {
-            name: open_engine(bundle.graph_path(name), bundle.manifest.target, EngineOptions(threads=2))
+            name: open_engine(bundle.graph_path(name), bundle.manifest.target, EngineOptions(threads=1))
             for name in bundle.manifest.graphs
         }
         self.positional_embedding = _initializer(bundle.graph_path("vision"), "vision.positions")
@@ -186,8 +187,8 @@ def preprocess_u8(path: str, size: int) -> NDArray[np.uint8]:
 
 
 def _load(config_path: str, weights_path: str, image_size: int | None, tasks: tuple[str, ...]) -> Model:
-    if MODE not in ("torch", "bundle"):
-        raise SystemExit(f"MAMMUT_ADAPTER: expected torch or bundle, got {MODE!r}")
+    if MODE not in ("torch", *TARGETS):
+        raise SystemExit(f"MAMMUT_ADAPTER: expected one of torch, {', '.join(TARGETS)}, got {MODE!r}")
     folder = Path(_temporary_folder()) / "kit"
     folder.mkdir()
     vocab_size = _write_checkpoint(folder, Path(config_path), Path(weights_path))

@@ -73,3 +73,35 @@ def test_timings_leave_out_warm_up_and_preparation(load: Load) -> None:
     timing = measuring.timed(lambda: calls.append("work"), 3, warm_up=2, prepare=lambda: calls.append("prepare"))
     assert calls == ["prepare", "work"] * 5 and timing.repeats == 3
     assert timing.fastest_ms <= timing.median_ms <= timing.slowest_ms
+
+
+def test_engines_and_precisions_are_measured_and_compared(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cells of the table, in one round; the second engine where it is installed."""
+    bench = load("benchmarks/bench_engines.py")
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "PICTURE_SIZE", (48, 64))
+    targets = ["onnxruntime", *(["openvino"] if importlib.util.find_spec("openvino") else [])]
+    with bench.made("tiny", TINY_BUNDLE, targets, ["fp32", "int8"], [], 32, 1) as work:
+        assert [(each.target, each.precision) for each in work.cells[:2]] == [
+            ("onnxruntime", "fp32"),
+            ("onnxruntime", "int8"),
+        ]
+        monkeypatch.setattr(bench, "TOKENS", 4)
+        rows = bench.compared(
+            [
+                {"model": "tiny", **bench.settled(each, [bench.measured(each, 1, 1)]), "drift": None}
+                for each in work.cells
+            ]
+        )
+        assert bench.drift(TINY_BUNDLE, work, 1) == {}
+        (other,) = bench.variants(work.cells[0], ["--low-memory"])
+        assert bench.measured(other, 1, 1)["engine"]["prepack"] is False
+    assert not list(tmp_path.glob("tiny-cells-*")), "the bundles are deleted"
+    shown = bench.table(rows).splitlines()
+    assert len(shown) == 2 + len(rows) and shown[2].startswith("| tiny | onnxruntime | fp32 | 0 | ")
+    assert all(row["encode_speedup"] > 0 and row["tokens"] in (3, 4) for row in rows)
+    said = "\n".join(bench.expectations([rows[0] | {"resident_ratio": 1.0}, rows[1] | {"encode_own_speedup": 1.6}]))
+    assert "tiny, onnxruntime fp32: resident memory 1.000, expected <= 1.4: pass" in said
+    assert "tiny, onnxruntime int8: encode 1.600, expected >= 1.7: FALLS SHORT" in said

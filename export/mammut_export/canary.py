@@ -7,25 +7,37 @@ caption is never a close call: of a few seeds the one where the narrowest lead o
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mammut.checkpoint import Checkpoint
 from mammut.model import Mammut
+from mammut_export.measure import open_here
 from mammut_export.samples import TEXTS
 from mammut_export.weights import half_rounded
+from mammut_runtime.bundle import Bundle
 from mammut_runtime.canary import canary_picture
+from mammut_runtime.caption_options import CaptionOptions
+from mammut_runtime.engines import Engine
 from mammut_runtime.manifest import Canary, TextRule
+from mammut_runtime.model import Model
 from mammut_runtime.preprocess import Preprocessor
 
 SEEDS = 8
 COMFORTABLE_LEAD = 2e-3
 """Of the largest logit; 40 times the tolerance of fp32. A seed that leads by this much throughout is taken at once."""
-TOLERANCE = {"fp32": 2e-4, "fp16": 2e-3}
+TOLERANCE = {"fp32": 2e-4, "fp16": 2e-3, "mixed": 2e-3}
 """Precision → largest difference of a component of a unit vector. Wide enough for a device that computes with other
 instructions (fp16: in float16 throughout), far below what a wrong picture path or a broken operator does."""
+QUANTIZED_TOLERANCE = 2e-2
+"""The same for a quantized bundle. Rounding to 8 bits happens at other places in other engines and processors."""
 PICTURE_HW = (192, 256)
 
 
@@ -58,6 +70,57 @@ def make_canary(checkpoint: Checkpoint, graphs: tuple[str, ...], rule: TextRule,
     return Canary(best, tuple(ids), embedding, text_embedding, caption, TOLERANCE[precision], PICTURE_HW)
 
 
+def observed_canary(bundle: Bundle, reference: Canary) -> Canary:
+    """The canary of a quantized bundle, computed by the bundle itself on this machine.
+
+    reference: the canary of the same checkpoint in float32, for all that quantizing does not change.
+    """
+    logits: list[NDArray[np.float32]] = []
+
+    def open_graph(name: str) -> Engine:
+        engine = open_here(bundle, name)
+        return _Listening(engine, logits) if name == "decoder" else engine
+
+    with Model(bundle, open_graph=open_graph) as model:
+        leads = {reference.seed: 0.0}
+        if "decoder" in bundle.manifest.graphs:
+            for seed in range(SEEDS):
+                logits.clear()
+                model.encode(canary_picture(seed, PICTURE_HW)).caption(CaptionOptions(beams=1))
+                leads[seed] = _lead(logits)
+        seed = max(leads, key=lambda each: leads[each])
+        canary = dataclasses.replace(reference, seed=seed, tolerance=QUANTIZED_TOLERANCE)
+        embedding, text_embedding, caption_ids = model.canary_answers(canary)
+    return dataclasses.replace(
+        canary,
+        embedding=() if embedding is None else tuple(map(float, embedding)),
+        text_embedding=() if text_embedding is None else tuple(map(float, text_embedding)),
+        caption_ids=caption_ids or (),
+    )
+
+
+class _Listening:
+    """The decoder's engine, with an ear for its logits."""
+
+    def __init__(self, engine: Engine, logits: list[NDArray[np.float32]]) -> None:
+        self._engine, self._logits = engine, logits
+
+    def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        outputs = self._engine.run(feeds)
+        self._logits.append(outputs["logits"][0, 0])
+        return outputs
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _lead(steps: Sequence[NDArray[np.float32]]) -> float:
+    """The narrowest lead of the best token over the steps of a caption, as in _Greedy."""
+    pairs = [np.partition(logits, -2)[-2:] for logits in steps]
+    largest = max(float(np.abs(logits).max()) for logits in steps)
+    return min(float(first - second) for second, first in pairs) / max(largest, 1e-30)
+
+
 def _canary_ids(checkpoint: Checkpoint, rule: TextRule) -> list[int]:
     """A text's row as the text graph takes it: filled to its length where the model counts the pads."""
     row: list[int] = checkpoint.tokenizer.tokenize([TEXTS[0]], rule.text_length or rule.context_length)[0].tolist()
@@ -81,7 +144,7 @@ def _greedy(model: Mammut, tokens: Tensor, prompt: list[int], rule: TextRule) ->
 
 def _as_stored(model: Mammut, precision: str) -> Mammut:
     """The model with the values that the bundle holds; a copy only where they differ."""
-    if precision == "fp32":
+    if precision != "fp16":
         return model
     rounded = copy.deepcopy(model)
     with torch.no_grad():

@@ -5,11 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mammut_runtime import console
 from mammut_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from mammut_calibration.drift import DriftLimits
+    from mammut_export.export import ExportResult
 
 TASK_NAMES = "caption,ask,match,search"
 
@@ -18,7 +23,34 @@ TASK_NAMES = "caption,ask,match,search"
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--target", default="onnxruntime", show_default=True, help="Engine that the bundle is for.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32, or fp16: half the size, the same speed.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="fp32; fp16: half the size; int8; int8-dynamic: no ranges needed; int4: the smallest; auto: the fastest here "
+    "that passes the gate. Or by graph: vision=int8,decoder=int4.",
+)
+@click.option(
+    "--calibration",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    metavar="DATA",
+    help="Your own pictures, for quantized precisions: a folder, a WebDataset tar, a clip; may be repeated. A quarter "
+    "is held out and judges the bundle.",
+)
+@click.option(
+    "--calibration-table",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE",
+    help="Ranges that mammut-calibrate has measured. [default: they are measured now]",
+)
+@click.option(
+    "--drift-limit",
+    multiple=True,
+    metavar="MEASURE=VALUE",
+    help="The least that a quantized bundle must reach, such as token_agreement=0.95; may be repeated.",
+)
+@click.option("--accept-drift", is_flag=True, help="Publish although limits are missed; the bundle says so ever after.")
 @click.option(
     "--tasks", default=TASK_NAMES, show_default=True, help="What the device will do; fewer make a smaller bundle."
 )
@@ -34,41 +66,76 @@ TASK_NAMES = "caption,ask,match,search"
 @click.option(
     "--tolerance", type=float, metavar="X", help="Largest error, of an output's largest value  [default: by precision]"
 )
+@click.option(
+    "--threads", type=click.IntRange(0), default=0, help="For measuring and judging.  [default: the physical cores]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at OUT.")
 @click.option("--dry-run", is_flag=True, help="Print graphs, sizes, parameters and expected memory; write nothing.")
+@click.option(
+    "--device", metavar="NAME", help="With --dry-run: also forecast speed and memory on orin-nano-8gb, orin-nx-16gb, "
+    "agx-orin, thor, n100, pi5 or this-cpu.",
+)
 def cli(
     checkpoint: str,
     out: Path | None,
     target: str,
     precision: str,
+    calibration: tuple[Path, ...],
+    calibration_table: Path | None,
+    drift_limit: tuple[str, ...],
+    accept_drift: bool,
     tasks: str,
     image_size: int | None,
     max_tokens: int | None,
     pictures: tuple[Path, ...],
     tolerance: float | None,
+    threads: int,
     overwrite: bool,
     dry_run: bool,
+    device: str | None,
 ) -> None:
     """Make the bundle OUT from CHECKPOINT.
 
     CHECKPOINT is "demo", a folder, a weights file, or hf-hub:ORG/NAME. OUT is a folder to be made; it appears only when
     the bundle, run as a device runs it, gives what PyTorch gives.
     """
+    if device is not None and not dry_run:
+        raise click.UsageError("--device belongs to --dry-run: it forecasts, and nothing is exported")
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT', the folder to make")
     _require_torch()
     from mammut.checkpoint import load_checkpoint
-    from mammut_export.export import ExportOptions, export, plan_export
+    from mammut_export.export import export, plan_export
+    from mammut_export.forecast import forecast
+    from mammut_export.options import ExportOptions
     from mammut_export.plan import describe
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    options = ExportOptions(target, precision, names, max_tokens, tolerance, pictures)
+    options = ExportOptions(
+        target=target,
+        precision=precision,
+        tasks=names,
+        max_tokens=max_tokens,
+        tolerance=tolerance,
+        pictures=pictures,
+        calibration=calibration,
+        table=calibration_table,
+        limits=_limits(drift_limit),
+        accept_drift=accept_drift,
+        threads=threads,
+    )
+    if not dry_run:
+        options.check_data()
     steps = _Steps()
     steps("loading the checkpoint")
     loaded = load_checkpoint(checkpoint, image_size=image_size)
     if dry_run or out is None:
-        for line in describe(plan_export(loaded, options)):
+        plan = plan_export(loaded, options)
+        for line in describe(plan):
             click.echo(line)
+        if device is not None:
+            for line in forecast(plan, device, options.schemes).lines():
+                click.echo(line)
         return
     result = export(loaded, out, options, overwrite=overwrite, progress=steps)
     for line in _summary(result):
@@ -91,11 +158,24 @@ class _Steps:
             console.note(f"{time.monotonic() - self._start:6.1f} s  {step}")
 
 
-def _summary(result: object) -> list[str]:
-    from mammut_export.export import ExportResult
+def _limits(given: tuple[str, ...]) -> DriftLimits:
+    from mammut_calibration.drift import MEASURES, DriftLimits
+
+    values: dict[str, float] = {}
+    for each in given:
+        name, _, number = each.partition("=")
+        if name not in MEASURES:
+            raise InputError(f"--drift-limit: expected one of {', '.join(MEASURES)}, got {name!r}")
+        try:
+            values[name] = float(number)
+        except ValueError:
+            raise InputError(f"--drift-limit: expected {name}=NUMBER, got {each!r}") from None
+    return DriftLimits(**values)
+
+
+def _summary(result: ExportResult) -> list[str]:
     from mammut_export.plan import megabytes
 
-    assert isinstance(result, ExportResult)
     parity = result.parity
     worst = max(parity.outputs, key=lambda each: each.max_abs_error / each.tolerance)
     lines = [
@@ -111,8 +191,36 @@ def _summary(result: object) -> list[str]:
             f"captions: {same} of {len(parity.captions)} the same token for token"
             + (f", {ties} part at a tie" if ties else "")
         )
-    timings = ", ".join(f"{each.what} {each.milliseconds:.1f} ms" for each in parity.timings)
-    return [*lines, f"times: {timings}", f"report: {console.printable(str(result.path / 'report.html'))}"]
+    if result.quantized is not None:
+        lines += _gate_summary(result)
+    else:
+        lines.append("times: " + ", ".join(f"{each.what} {each.milliseconds:.1f} ms" for each in parity.timings))
+    return [*lines, f"report: {console.printable(str(result.path / 'report.html'))}"]
+
+
+def _gate_summary(result: ExportResult) -> list[str]:
+    made = result.quantized
+    assert made is not None
+    kinds = ", ".join(
+        f"{each.graph} {each.scheme}" + (f" ({len(each.kept)} layers in floating point)" if each.kept else "")
+        for each in made.layers
+    )
+    lines = [f"precision: {kinds}"]
+    if made.drift is not None:
+        values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in made.drift.measures.items())
+        lines.append(f"drift on {made.drift.pictures} held-out pictures: {values}")
+    if made.failures:
+        lines.append(f"the gate is NOT passed, accepted with --accept-drift: {'; '.join(made.failures)}")
+    if result.measured is not None:
+        before, after = (each.figures for each in result.measured)
+        pairs = [("encode_ms", "picture"), ("text_64_ms", "64 texts"), ("caption_ms", "caption of 20 tokens")]
+        times = [
+            f"{words} {before[key]:.1f} to {after[key]:.1f} ms"
+            for key, words in pairs
+            if key in before and key in after
+        ]
+        lines.append(f"float32 to this, on this machine: {', '.join(times)}")
+    return lines
 
 
 def _require_torch() -> None:

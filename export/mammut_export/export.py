@@ -1,82 +1,47 @@
 """A checkpoint becomes a bundle: graphs, weights, manifest, then the proof through the runtime, then the report.
 
 Everything is written into a hidden folder beside the target. Only when the runtime, opening that folder as a device
-will, gives what PyTorch gives does it get its name; on any failure nothing is left.
+will, gives what PyTorch gives does it get its name; on any failure nothing is left. A quantized bundle is made of a
+float32 one that is proved in this way, and is then held against it on the user's data (gate.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
 from mammut.checkpoint import Checkpoint
-from mammut_export import onnx_graphs, report
-from mammut_export.canary import make_canary
-from mammut_export.graphs import TASKS, graphs_for, traceable
+from mammut_calibration.data import open_dataset
+from mammut_calibration.drift import Drift
+from mammut_calibration.table import load_table
+from mammut_export import report
+from mammut_export.canary import make_canary, observed_canary
+from mammut_export.contents import complete, text_rule, write_bundle
+from mammut_export.gate import Gate, Quantized
+from mammut_export.graphs import graphs_for
+from mammut_export.measure import Measured, here, measure
+from mammut_export.options import ExportOptions
 from mammut_export.parity import DEFAULT_TOLERANCE, Parity, verify
 from mammut_export.plan import Plan, make_plan
-from mammut_export.samples import Sample, load_samples
-from mammut_export.weights import WeightStore, halve_matrices, move_to_store
-from mammut_runtime.bundle import hash_files, publish, write_manifest
+from mammut_export.precisions import precision_name, quantization_info
+from mammut_export.range_audit import Audit
+from mammut_export.samples import load_samples
+from mammut_runtime.bundle import Bundle, hash_files, publish, write_manifest
 from mammut_runtime.canary import compare
-from mammut_runtime.errors import CheckpointError, InputError, VerificationError
-from mammut_runtime.manifest import (
-    TOKENIZER_FILE,
-    WEIGHTS_FILE,
-    GraphInfo,
-    Manifest,
-    ModelInfo,
-    QuantizationInfo,
-    TextRule,
-    graph_contract,
-)
+from mammut_runtime.errors import VerificationError
+from mammut_runtime.manifest import DriftInfo, GraphInfo, Manifest, QuantizationInfo, Scheme
 from mammut_runtime.model import Model
 
-Target = Literal["onnxruntime"]
-Precision = Literal["fp32", "fp16"]
-TARGETS: tuple[Target, ...] = get_args(Target)
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-USUAL_MAX_TOKENS = 40
-"""Captions are shorter; each more token makes the check's uncached reference slower."""
 SMALL_PARAMETERS = 50_000_000
-TOOLS = ("mammut-edge", "torch", "onnx", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to make. Raises InputError for values out of range."""
-
-    target: str = "onnxruntime"
-    """One of TARGETS."""
-    precision: str = "fp32"
-    """One of PRECISIONS. fp16 halves the files; engines compute in float32 as before."""
-    tasks: tuple[str, ...] = TASKS
-    """Some of TASKS: only the graphs that they need are made."""
-    max_tokens: int | None = None
-    """Longest caption the bundle is made and checked for, new tokens. None: 40, or what the context leaves."""
-    tolerance: float | None = None
-    """Largest error relative to an output's largest value. None: parity.DEFAULT_TOLERANCE of the precision."""
-    pictures: tuple[Path, ...] = ()
-    """Files and folders of pictures to check with. None given: pictures drawn here."""
-
-    def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise InputError(f"target: expected one of {', '.join(TARGETS)}, got {self.target!r}")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        graphs_for(self.tasks)
-        if self.tolerance is not None and not 0 < self.tolerance <= 1:
-            raise InputError(f"tolerance: expected a number above 0 and at most 1, got {self.tolerance}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InputError(f"max_tokens: expected at least 1, got {self.max_tokens}")
+DATA_LIMIT = 512
+"""Most pictures taken of the user's data."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +51,12 @@ class ExportResult:
     path: Path
     plan: Plan
     parity: Parity
+    """Of the bundle with PyTorch; of a quantized bundle, of the float32 one that it was made of."""
     bundle_bytes: int
     seconds: float
+    quantized: Quantized | None = None
+    measured: tuple[Measured, Measured] | None = None
+    """The float32 bundle and the quantized one on this machine."""
 
     @property
     def size_ratio(self) -> float:
@@ -97,8 +66,7 @@ class ExportResult:
 
 def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
     """What `export` would make, without making it. Raises InputError for max_tokens beyond the model's context."""
-    rule = text_rule(checkpoint, options.max_tokens)
-    return make_plan(checkpoint.model.config, graphs_for(options.tasks), options.precision, rule.max_tokens)
+    return make_plan(checkpoint.model.config, options.schemes, text_rule(checkpoint, options.max_tokens).max_tokens)
 
 
 def export(
@@ -112,96 +80,199 @@ def export(
     """Make the bundle `out`, prove it, publish it.
 
     overwrite: replace a bundle that is there. progress: is told each step, in a few words.
-    Raises VerificationError if the runtime does not give what PyTorch gives; InputError, BundleError and EngineError as
-    their names say. After any of them `out` is as it was.
+    Raises VerificationError if the runtime does not give what PyTorch gives, or a quantized bundle does not pass the
+    gate; InputError, BundleError and EngineError as their names say. After any of them `out` is as it was.
     """
     options = options or ExportOptions()
+    options.check_data()
     started = time.perf_counter()
-    plan = plan_export(checkpoint, options)
-    samples = load_samples(options.pictures)
-    stopwatch = _Stopwatch(progress)
-    with publish(out, overwrite) as folder, _few_threads(plan.parameters):
-        manifest = _write_bundle(folder, checkpoint, options, plan, stopwatch)
-        tolerance = options.tolerance or DEFAULT_TOLERANCE[options.precision]
-        parity = verify(folder, manifest, checkpoint, samples, tolerance, stopwatch)
-        parity.check()
-        _check_canary(folder, manifest)
-        stopwatch("writing the report")
-        manifest = _with_parity(manifest, parity, options)
-        bundle_bytes = _write_report(folder, manifest, plan, parity, samples, stopwatch)
-        stopwatch("publishing")
-    return ExportResult(out, plan, parity, bundle_bytes, time.perf_counter() - started)
-
-
-def text_rule(checkpoint: Checkpoint, max_tokens: int | None) -> TextRule:
-    """How the bundle treats texts.
-
-    Raises InputError for a max_tokens that the context does not hold, CheckpointError for prompts of no known form.
-    """
-    text, tokenizer = checkpoint.model.config.text, checkpoint.tokenizer
-    prompt = 1 + len(tokenizer.encode(checkpoint.prompts.get("caption", "")))
-    room = text.context_length - prompt
-    if room < 1 or (max_tokens or 1) > room:
-        raise InputError(
-            f"max_tokens: expected at most {max(room, 0)}, got {max_tokens or 1}; the model has {text.context_length} "
-            f"positions and the caption prompt takes {prompt}"
-        )
-    with _describing(checkpoint):
-        return TextRule(
-            context_length=text.context_length,
-            max_tokens=max_tokens or min(USUAL_MAX_TOKENS, room),
-            text_length=text.text_length,
-            pad_id=tokenizer.pad_id,
-            start_id=tokenizer.start_id,
-            end_id=tokenizer.end_id,
-            mask_pads=text.mask_pads,
-            prompts=checkpoint.prompts,
-        )
-
-
-def model_info(checkpoint: Checkpoint) -> ModelInfo:
-    """The model's sizes as the manifest states them."""
-    model, config = checkpoint.model, checkpoint.model.config
-    bias = model.logit_bias
-    return ModelInfo(
-        name=config.name,
-        image_tokens=config.vision.tokens,
-        vision_width=config.vision.width,
-        embed_dim=config.embed_dim,
-        text_width=config.text.width,
-        text_layers=config.text.layers,
-        cross_layers=len(config.text.cross_after),
-        heads=config.text.heads,
-        vocab_size=config.text.vocab_size,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        logit_scale=float(model.logit_scale),
-        logit_bias=0.0 if bias is None else float(bias),
-        similarity="sigmoid" if config.contrastive == "focal" else "softmax",
+    work = _Work(checkpoint, options, progress)
+    with publish(out, overwrite) as folder, _few_threads(work.plan.parameters):
+        made = work.from_float32(folder, out) if work.in_two_steps else work.plain(folder)
+        work.stopwatch("writing the report")
+        bundle_bytes = work.report(folder, made)
+        work.stopwatch("publishing")
+    return ExportResult(
+        out, work.plan, made.parity, bundle_bytes, time.perf_counter() - started, made.quantized, made.measured
     )
 
 
-def write_graphs(
-    folder: Path,
-    checkpoint: Checkpoint,
-    graphs: Sequence[str],
-    precision: str,
-    progress: Callable[[str], None] = lambda step: None,
-) -> dict[str, GraphInfo]:
-    """Trace the graphs and write their .onnx files and one weights.bin; what the files hold, for the manifest."""
-    contract = graph_contract(model_info(checkpoint), checkpoint.preprocess.size)
-    found = {}
-    with WeightStore(folder / WEIGHTS_FILE) as store:
-        for name in graphs:
-            progress(f"tracing {name}")
-            onnx_model = onnx_graphs.to_onnx(traceable(name, checkpoint.model, contract[name]))
-            if precision == "fp16":
-                halve_matrices(onnx_model)
-            move_to_store(onnx_model, store)
-            onnx_graphs.save(onnx_model, folder / contract[name].file)
-            found[name] = onnx_graphs.graph_info(onnx_model, contract[name].file)
-    for info in found.values():
-        onnx_graphs.check_file(folder / info.file)
-    return found
+@dataclass(frozen=True)
+class _Made:
+    """A folder with everything but its report."""
+
+    manifest: Manifest
+    parity: Parity
+    quantized: Quantized | None = None
+    measured: tuple[Measured, Measured] | None = None
+    audits: Mapping[str, Audit] = field(default_factory=dict)
+    examples: tuple[report.Example, ...] = ()
+
+
+class _Work:
+    """One export: what was asked for, what is known before it begins, and its steps."""
+
+    def __init__(self, checkpoint: Checkpoint, options: ExportOptions, progress: Callable[[str], None]) -> None:
+        self._checkpoint, self._options = checkpoint, options
+        self._rule = text_rule(checkpoint, options.max_tokens)
+        self.plan = plan_export(checkpoint, options)
+        self._samples = load_samples(options.pictures)
+        self.stopwatch = _Stopwatch(progress)
+
+    @property
+    def in_two_steps(self) -> bool:
+        """Whether the bundle is made of a float32 one, and not traced as it will be."""
+        typed = self._options.target == "tensorrt" and set(self._options.schemes.values()) != {"fp32"}
+        return self._options.quantized or typed
+
+    def plain(self, folder: Path) -> _Made:
+        """In fp32, or stored in fp16: the same numbers as PyTorch's, but for rounding."""
+        options = self._options
+        manifest, parity = self._proved(folder, options.target, options.schemes)
+        if precision_name(options.schemes) != "fp32":
+            drift = {"vision": {"embedding": parity.drift}} if options.pictures else {}
+            quantization = {
+                graph: quantization_info(scheme, options.target, drift.get(graph))
+                for graph, scheme in options.schemes.items()
+            }
+            manifest = dataclasses.replace(manifest, quantization=quantization)
+        return _Made(dataclasses.replace(manifest, parity=parity.manifest_entries()), parity)
+
+    def from_float32(self, folder: Path, out: Path) -> _Made:
+        """The float32 bundle beside it first; then what is asked for, held against PyTorch or against the gate."""
+        options = self._options
+        data = open_dataset(options.calibration, DATA_LIMIT) if options.calibration else None
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.float32.", dir=out.parent) as scratch:
+            names = graphs_for(options.tasks)
+            target = "onnxruntime" if options.target == "tensorrt" else options.target
+            _, parity = self._proved(Path(scratch), target, dict.fromkeys(names, "fp32"))
+            reference = Bundle.open(scratch)
+            gate = Gate(
+                reference,
+                options.target,
+                data,
+                self._complete,
+                limits=options.limits,
+                table=load_table(options.table) if options.table else None,
+                options=here(options.target, options.threads),
+                progress=self.stopwatch,
+            )
+            if options.auto:
+                made = gate.make_fastest(folder)
+            else:
+                made = gate.make(folder, options.schemes, most_kept=options.most_kept)
+            if not options.quantized:
+                return self._typed(folder, made, gate.audits)
+            if made.failures and not options.accept_drift:
+                raise VerificationError(_refusal(made))
+            self.stopwatch("measuring")
+            measured = measure(reference, options.threads), measure(Bundle.open(folder), options.threads)
+        manifest = self._complete(folder, made.graphs, made.schemes, canary_of_itself=True)
+        self.plan = make_plan(self._checkpoint.model.config, made.schemes, self._rule.max_tokens)
+        manifest = dataclasses.replace(
+            manifest, quantization=_quantization(made, options.target), drift=_drift_info(made)
+        )
+        examples = report.examples(made.drift, data) if made.drift and data is not None else ()
+        return _Made(manifest, parity, made, measured, gate.audits, examples)
+
+    def _typed(self, folder: Path, made: Quantized, audits: Mapping[str, Audit]) -> _Made:
+        """In float16 for TensorRT: nothing is quantized, so it is held against PyTorch, run by ONNX Runtime."""
+        manifest = self._complete(folder, made.graphs, made.schemes)
+        parity = self._verified(folder, manifest, made.schemes)
+        quantization = {graph: quantization_info(scheme, "tensorrt") for graph, scheme in made.schemes.items()}
+        manifest = dataclasses.replace(manifest, quantization=quantization, parity=parity.manifest_entries())
+        return _Made(manifest, parity, audits=audits)
+
+    def report(self, folder: Path, made: _Made) -> int:
+        """The reports and the final manifest; the bundle's size in bytes."""
+        facts = report.Facts(
+            made.manifest,
+            self.plan,
+            made.parity,
+            self._samples,
+            self.stopwatch.seconds,
+            made.quantized,
+            made.measured,
+            made.examples,
+            tuple(line for audit in made.audits.values() for line in audit.describe()),
+        )
+        report.write(folder, facts)
+        write_manifest(folder, dataclasses.replace(made.manifest, files=hash_files(folder)))
+        return sum(path.stat().st_size for path in folder.iterdir())
+
+    def _proved(self, folder: Path, target: str, schemes: Mapping[str, Scheme]) -> tuple[Manifest, Parity]:
+        """A bundle traced from PyTorch that gives what PyTorch gives. Raises VerificationError."""
+        manifest = write_bundle(folder, self._checkpoint, target, schemes, self._rule, self.stopwatch)
+        return manifest, self._verified(folder, manifest, schemes)
+
+    def _verified(self, folder: Path, manifest: Manifest, schemes: Mapping[str, Scheme]) -> Parity:
+        tolerance = self._options.tolerance or max(DEFAULT_TOLERANCE[scheme] for scheme in schemes.values())
+        parity = verify(folder, manifest, self._checkpoint, self._samples, tolerance, self.stopwatch)
+        parity.check()
+        _check_canary(folder, manifest)
+        return parity
+
+    def _complete(
+        self,
+        folder: Path,
+        graphs: Mapping[str, GraphInfo],
+        schemes: Mapping[str, Scheme],
+        canary_of_itself: bool = False,
+    ) -> Manifest:
+        """Make the folder a bundle. Its canary is PyTorch's until it can be computed by the bundle itself."""
+        scheme = "fp16" if set(schemes.values()) == {"fp16"} else "fp32"
+        canary = make_canary(self._checkpoint, tuple(graphs), self._rule, scheme)
+
+        def write() -> Manifest:
+            return complete(folder, self._checkpoint, self._options.target, schemes, graphs, self._rule, canary)
+
+        manifest = write()
+        if not canary_of_itself:
+            return manifest
+        self.stopwatch("computing the canary")
+        canary = observed_canary(Bundle.open(folder), canary)
+        return write()
+
+
+def _refusal(made: Quantized) -> str:
+    worst = ", ".join(f"{each.graph}: {each.layer}" for each in made.ranking[:3])
+    return (
+        f"the quantized bundle differs too much from float32: {'; '.join(made.failures)}"
+        + (f". The layers that hurt most: {worst}" if worst else "")
+        + ". Nothing was published; try another precision, more pictures, or --accept-drift"
+    )
+
+
+def _quantization(made: Quantized, target: str) -> dict[str, QuantizationInfo]:
+    drift = _embedding_drift(made.drift)
+    kept = {each.graph: each.kept for each in made.layers}
+    return {
+        graph: quantization_info(scheme, target, drift.get(graph), kept.get(graph, ()))
+        for graph, scheme in made.schemes.items()
+    }
+
+
+def _embedding_drift(drift: Drift | None) -> dict[str, dict[str, float]]:
+    if drift is None:
+        return {}
+    cosines = {"vision": drift.embedding_cosine_mean, "text": drift.text_cosine_mean}
+    return {graph: {"embedding": max(0.0, 1 - cosine)} for graph, cosine in cosines.items() if cosine is not None}
+
+
+def _drift_info(made: Quantized) -> DriftInfo | None:
+    if made.drift is None:
+        return None
+    measures = made.drift.measures
+    limits = {name: limit for name, limit in made.limits.to_dict().items() if name in measures}
+    return DriftInfo(made.drift.data_hash, made.drift.pictures, measures, limits)
+
+
+def _check_canary(folder: Path, manifest: Manifest) -> None:
+    """What doctor and verify do on the device must succeed here first."""
+    with Model.load(folder, here(manifest.target), verify=False) as model:
+        result = compare(manifest.canary, *model.canary_answers(manifest.canary))
+    if not result.ok:
+        raise VerificationError(f"{result.message}. Nothing was published")
 
 
 @contextlib.contextmanager
@@ -234,86 +305,3 @@ class _Stopwatch:
             self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._start
         self._step, self._start = step, now
         self._progress(step)
-
-
-def _write_bundle(
-    folder: Path, checkpoint: Checkpoint, options: ExportOptions, plan: Plan, progress: _Stopwatch
-) -> Manifest:
-    """All but the report; the manifest has no parity yet."""
-    names = tuple(graph.name for graph in plan.graphs)
-    graphs = write_graphs(folder, checkpoint, names, options.precision, progress)
-    (folder / TOKENIZER_FILE).write_bytes(checkpoint.tokenizer_json)
-    progress("computing the canary")
-    rule = text_rule(checkpoint, options.max_tokens)
-    canary = make_canary(checkpoint, names, rule, options.precision)
-    with _describing(checkpoint):
-        manifest = Manifest(
-            target=options.target,  # type: ignore[arg-type]  # checked by ExportOptions
-            precision=options.precision,  # type: ignore[arg-type]
-            opset=onnx_graphs.OPSET,
-            made_by=_made_by(checkpoint),
-            model=model_info(checkpoint),
-            preprocess=checkpoint.preprocess,
-            text=rule,
-            graphs=graphs,
-            parity={},
-            quantization={},
-            files=hash_files(folder),
-            canary=canary,
-        )
-    write_manifest(folder, manifest)
-    return manifest
-
-
-@contextlib.contextmanager
-def _describing(checkpoint: Checkpoint) -> Iterator[None]:
-    """The manifest's dataclasses refuse what a device could not use; here the checkpoint is what is at fault."""
-    try:
-        yield
-    except ValueError as problem:
-        raise CheckpointError(f"{checkpoint.source}: no bundle can be made of it: {problem}") from problem
-
-
-def _check_canary(folder: Path, manifest: Manifest) -> None:
-    """What doctor and verify do on the device must succeed here first."""
-    with Model.load(folder, verify=False) as model:
-        result = compare(manifest.canary, *model.canary_answers(manifest.canary))
-    if not result.ok:
-        raise VerificationError(f"{result.message}. Nothing was published")
-
-
-def _made_by(checkpoint: Checkpoint) -> dict[str, str]:
-    """Tools and checkpoint. Of a checkpoint's path only the last part: the rest says more of the machine than of it."""
-    versions = {}
-    for tool in TOOLS:
-        try:
-            versions[tool] = importlib.metadata.version(tool)
-        except importlib.metadata.PackageNotFoundError:
-            versions[tool] = "unknown"
-    source = checkpoint.source
-    name = source if source.startswith("hf-hub:") else Path(source).resolve().name
-    return {"checkpoint": _printable(name), "checkpoint_sha256": checkpoint.sha256, **versions}
-
-
-def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else "?" for each in text)[:200]
-
-
-def _with_parity(manifest: Manifest, parity: Parity, options: ExportOptions) -> Manifest:
-    quantization = {}
-    if options.precision == "fp16":
-        measured = {"vision": {"embedding": parity.drift}} if options.pictures else {}
-        quantization = {
-            graph: QuantizationInfo("float16", "float32", measured.get(graph, {})) for graph in manifest.graphs
-        }
-    return dataclasses.replace(manifest, parity=parity.manifest_entries(), quantization=quantization)
-
-
-def _write_report(
-    folder: Path, manifest: Manifest, plan: Plan, parity: Parity, samples: Sequence[Sample], stopwatch: _Stopwatch
-) -> int:
-    """The reports and the final manifest; the bundle's size in bytes."""
-    facts = report.Facts(manifest, plan, parity, tuple(samples), stopwatch.seconds)
-    report.write(folder, facts)
-    write_manifest(folder, dataclasses.replace(manifest, files=hash_files(folder)))
-    return sum(path.stat().st_size for path in folder.iterdir())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -39,9 +40,14 @@ def replay(
     for label, inputs in _CASES[graph](model, generator):
         with torch.no_grad():
             wanted = module(*inputs)
-        feeds = {tensor.name: value.numpy() for tensor, value in zip(info.inputs, inputs, strict=True)}
+        feeds = {t.name: value.numpy().astype(t.dtype) for t, value in zip(info.inputs, inputs, strict=True)}
         names = [tensor.name for tensor in info.outputs]
-        yield label, engine.run(feeds), {name: value.numpy() for name, value in zip(names, wanted, strict=True)}
+        got = {name: _single(value) for name, value in engine.run(feeds).items()}
+        yield label, got, {name: value.numpy() for name, value in zip(names, wanted, strict=True)}
+
+
+def _single(value: NDArray[Any]) -> NDArray[Any]:
+    return value.astype(np.float32) if value.dtype == np.float16 else value
 
 
 _Cases = Iterator[tuple[str, tuple[Tensor, ...]]]

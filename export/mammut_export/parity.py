@@ -22,6 +22,7 @@ from mammut.checkpoint import Checkpoint
 from mammut.generate import greedy
 from mammut_export.graphs import unit_and_norm
 from mammut_export.lattice import replay
+from mammut_export.measure import here
 from mammut_export.samples import TEXTS, Sample
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.engines import open_engine
@@ -140,13 +141,13 @@ def verify(
     shapes = []
     for name, info in manifest.graphs.items():
         progress(f"replaying {name}")
-        with contextlib.closing(open_engine(folder / info.file, manifest.target)) as engine:
+        with contextlib.closing(open_engine(folder / info.file, manifest.target, here(manifest.target))) as engine:
             for label, got, wanted in replay(name, checkpoint.model, info, engine):
                 shapes.append(f"{name}: {label}")
                 for output, reference in wanted.items():
                     ledger.add(f"{name}.{output}", label, got.get(output), reference)
     progress("comparing pictures and texts")
-    with Model.load(folder, verify=False) as model:
+    with Model.load(folder, here(manifest.target), verify=False) as model:
         pixels, drift = _compare_pictures(ledger, model, checkpoint, samples)
         if "text" in manifest.graphs:
             _compare_texts(ledger, model, checkpoint)
@@ -208,7 +209,7 @@ def _compare_pictures(
     for sample, each, seen in zip(samples, pixels, model.encode_batch([s.pixels for s in samples]), strict=True):
         with torch.no_grad():
             tokens, embedding = (output[0].numpy() for output in checkpoint.model.encode_image(each))
-        ledger.add("vision.tokens", sample.name, seen.tokens, tokens)
+        ledger.add("vision.tokens", sample.name, seen.tokens.astype(np.float32), tokens)
         ledger.add("vision.embedding", sample.name, seen.embedding, embedding)
         drifts.append(max(0.0, 1 - float(seen.embedding.astype(np.float64) @ embedding)))
     return pixels, float(np.mean(drifts))

@@ -8,15 +8,21 @@ Symbols: N image tokens, L tokens, C tokens looked at, W width, M MLP width. A m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from mammut.config import MammutConfig, TextConfig
 from mammut.model import Mammut
+from mammut_export.precisions import precision_name
+from mammut_runtime.manifest import Scheme
 
-BYTES = {"fp32": 4, "fp16": 2}
-"""Precision → stored bytes of a matrix element. Vectors (biases, norms) stay float32; they are below 1 %."""
+BYTES: dict[Scheme, float] = {"fp32": 4, "fp16": 2, "int8": 1, "int8-dynamic": 1, "int4": 0.5 + 4 / 64}
+"""Precision → stored bytes of a matrix element (int4: with the scale that 64 of them share). Vectors (biases, norms,
+scales of channels) stay float32; they are below 1 %."""
+TABLE_BYTES: dict[Scheme, float] = {**BYTES, "int4": 1}
+"""The same for the token embedding, whose rows are taken one by one."""
 CACHE_BYTES = 4
 """Keys and values are float32 in every precision."""
 PROCESS_BYTES = 100_000_000
@@ -34,7 +40,7 @@ class GraphPlan:
     weight_bytes: int
     """Of these parameters, as stored."""
     packed_bytes: int
-    """What an engine keeps of them in memory: matrices in an order of its own, in float32."""
+    """What an engine keeps of them in memory: matrices in an order of its own, of fp16 in float32."""
     operations: int
     """Per run: one picture, one text of `Plan.text_tokens` tokens, or one new token after `Plan.past_tokens`."""
 
@@ -83,13 +89,18 @@ class Plan:
         return next(graph for graph in self.graphs if graph.name == name)
 
 
-def make_plan(config: MammutConfig, graphs: tuple[str, ...], precision: str, max_tokens: int) -> Plan:
-    """The plan of a bundle with these graphs. precision: a key of BYTES."""
+def make_plan(config: MammutConfig, schemes: Mapping[str, Scheme], max_tokens: int) -> Plan:
+    """The plan of a bundle. schemes: graph → its precision."""
     with torch.device("meta"):
         state = {name: value.shape for name, value in Mammut(config).state_dict().items()}
     text = config.text
-    used = {graph: {name: state[name] for name in state if uses(graph, name, config)} for graph in graphs}
+    used = {graph: {name: state[name] for name in state if uses(graph, name, config)} for graph in schemes}
     union = {name: shape for shapes in used.values() for name, shape in shapes.items()}
+    stored = {
+        (name, scheme): _stored_bytes({name: state[name]}, scheme)
+        for graph, scheme in schemes.items()
+        for name in used[graph]
+    }
     operations = {
         "vision": vision_operations(config),
         "text": text_operations(text, text.context_length),
@@ -98,21 +109,21 @@ def make_plan(config: MammutConfig, graphs: tuple[str, ...], precision: str, max
     }
     return Plan(
         name=config.name,
-        precision=precision,
+        precision=precision_name(schemes),
         image_size=config.vision.image_size,
         max_tokens=max_tokens,
         graphs=tuple(
             GraphPlan(
                 graph,
                 sum(shape.numel() for shape in shapes.values()),
-                _stored_bytes(shapes, precision),
-                _packed_bytes(graph, shapes, text),
+                _stored_bytes(shapes, schemes[graph]),
+                _packed_bytes(graph, shapes, text, schemes[graph]),
                 operations[graph],
             )
             for graph, shapes in used.items()
         ),
         parameters=sum(shape.numel() for shape in union.values()),
-        unique_weight_bytes=_stored_bytes(union, precision),
+        unique_weight_bytes=sum(stored.values()),
         cross_bytes=2 * len(text.cross_after) * config.vision.tokens * text.width * CACHE_BYTES,
         cache_bytes_per_token=2 * text.layers * text.width * CACHE_BYTES,
         text_tokens=text.context_length,
@@ -176,17 +187,27 @@ def _makes_memory(name: str) -> bool:
     return name.startswith("text.cross_blocks.") and (".key_value." in name or ".norm_memory." in name)
 
 
-def _stored_bytes(shapes: dict[str, torch.Size], precision: str) -> int:
-    return sum(shape.numel() * (BYTES[precision] if len(shape) > 1 else 4) for shape in shapes.values())
+def _stored_bytes(shapes: dict[str, torch.Size], scheme: Scheme) -> int:
+    sizes = (_element_bytes(name, shape, scheme) * shape.numel() for name, shape in shapes.items())
+    return round(sum(sizes))
 
 
-def _packed_bytes(graph: str, shapes: dict[str, torch.Size], text: TextConfig) -> int:
-    """Matrices that are multiplied with, in float32. The embedding table is one only where it is the tied head."""
+def _element_bytes(name: str, shape: torch.Size, scheme: Scheme) -> float:
+    if len(shape) < 2:
+        return 4
+    return TABLE_BYTES[scheme] if name.startswith("text.token_embedding.") else BYTES[scheme]
+
+
+def _packed_bytes(graph: str, shapes: dict[str, torch.Size], text: TextConfig, scheme: Scheme) -> int:
+    """Matrices that are multiplied with. The embedding table is one only where it is the tied head."""
     multiplied_table = graph == "decoder" and text.tied_head
-    return sum(
-        shape.numel() * 4
-        for name, shape in shapes.items()
-        if len(shape) > 1 and (multiplied_table or not name.startswith("text.token_embedding."))
+    element = 4 if scheme in ("fp32", "fp16") else BYTES[scheme]
+    return round(
+        sum(
+            shape.numel() * element
+            for name, shape in shapes.items()
+            if len(shape) > 1 and (multiplied_table or not name.startswith("text.token_embedding."))
+        )
     )
 
 

@@ -17,6 +17,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mammut_calibration.data import Dataset
+from mammut_calibration.data import Sample as UserPicture
+from mammut_calibration.drift import CaptionPair, Drift
+from mammut_export.gate import Quantized
+from mammut_export.measure import FIGURES, Measured
 from mammut_export.parity import CaptionParity, Parity
 from mammut_export.plan import Plan, megabytes
 from mammut_export.samples import Sample
@@ -26,6 +31,15 @@ from mammut_runtime.strict import to_dict
 THUMBNAIL_PX = 192
 """Longest side of a picture in the page."""
 JPEG_QUALITY = 75
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture of the user that was held out, and what the two bundles say about it."""
+
+    pixels: NDArray[np.uint8]
+    """uint8[H, W, 3], RGB; small."""
+    caption: CaptionPair
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,12 @@ class Facts:
     samples: tuple[Sample, ...]
     export_seconds: dict[str, float]
     """Step of the export → seconds."""
+    quantized: Quantized | None = None
+    measured: tuple[Measured, Measured] | None = None
+    """The float32 bundle and the quantized one, on the exporting machine."""
+    examples: tuple[Example, ...] = ()
+    islands: tuple[str, ...] = ()
+    """For TensorRT: what computes in float32 among float16, and why, in lines."""
 
     @property
     def bundle_bytes(self) -> int:
@@ -91,6 +111,8 @@ def as_json(facts: Facts) -> dict[str, Any]:
             "shapes": list(parity.shapes),
         },
         "captions": to_dict(parity.captions),
+        "quantization": _quantization_json(facts),
+        "float32_islands": list(facts.islands),
         "timings_ms": {timing.what: round(timing.milliseconds, 3) for timing in parity.timings},
         "export_s": {step: round(seconds, 2) for step, seconds in facts.export_seconds.items()},
     }
@@ -111,8 +133,10 @@ def as_html(facts: Facts) -> str:
         f"<p>{escape(manifest.target)}, {escape(manifest.precision)}, opset {manifest.opset}, "
         f"{manifest.model.parameters:,} parameters, pictures of {facts.plan.image_size} pixels</p>",
         f'<p class="good">{escape(verdict)}.</p>',
+        *_gate(facts),
         *_captions(facts),
         *_parity(parity),
+        *_islands(facts),
         *_sizes(facts),
         *_times(facts),
         "<h2>Made by</h2>",
@@ -123,6 +147,118 @@ def as_html(facts: Facts) -> str:
     ]
     head, tail = _PAGE.split("{body}")
     return head.replace("{title}", escape(manifest.model.name)) + "\n".join(body) + tail
+
+
+def examples(drift: Drift, data: Dataset) -> tuple[Example, ...]:
+    """The drift's captions with their pictures, taken from the data they were measured on."""
+    pairs = {pair.picture: pair for pair in drift.captions}
+    found = []
+    for index, item in enumerate(data.items):
+        if item.name in pairs:
+            sample = next(iter(data.samples(index)))
+            if isinstance(sample, UserPicture):
+                found.append(Example(_thumbnail(_rgb(sample.image)), pairs.pop(item.name)))
+    return tuple(sorted(found, key=lambda each: each.caption.same))
+
+
+def _quantization_json(facts: Facts) -> dict[str, Any] | None:
+    made = facts.quantized
+    if made is None:
+        return None
+    return {
+        "passed": not made.failures,
+        "failures": list(made.failures),
+        "schemes": made.schemes,
+        "layers": to_dict(made.layers),
+        "drift": made.drift.to_dict() if made.drift else None,
+        "limits": made.limits.to_dict(),
+        "rounds": to_dict(made.rounds),
+        "layers_that_hurt": to_dict(made.ranking),
+        "auto_times": to_dict(made.times),
+        "measured": None
+        if facts.measured is None
+        else dict(zip(("float32", "quantized"), (each.figures for each in facts.measured), strict=True)),
+    }
+
+
+def _gate(facts: Facts) -> Iterable[str]:
+    made = facts.quantized
+    if made is None:
+        return
+    yield "<h2>Quantized, against float32</h2>"
+    if made.failures:
+        problems = escape("; ".join(made.failures))
+        yield f'<p class="bad">The gate is NOT passed, and the drift was accepted: {problems}.</p>'
+    else:
+        yield '<p class="good">The gate is passed: every measure is at or above its limit.</p>'
+    if facts.measured is not None:
+        yield "<h3>Size, speed, memory</h3><p>On the machine that exported, each in a process of its own.</p>"
+        yield _table(("what", "float32", "quantized", "ratio"), _side_by_side(*facts.measured))
+    if made.drift is not None:
+        yield (
+            f"<h3>Drift</h3><p>On {made.drift.pictures} of your pictures that calibration did not see, with "
+            f"{made.drift.texts} texts, {made.drift.tokens} tokens of captions and {made.drift.questions} questions. "
+            f"1 is no difference.</p>"
+        )
+        limits = made.limits.to_dict()
+        rows = (
+            (name.replace("_", " "), f"{value:.4f}", f"{limits[name]:.4f}", "" if value >= limits[name] else "too low")
+            for name, value in made.drift.measures.items()
+        )
+        yield _table(("measure", "value", "limit", ""), rows)
+    yield "<h3>Layers</h3>"
+    kinds = ((each.graph, each.scheme, str(len(each.quantized)), ", ".join(each.kept)) for each in made.layers)
+    yield _table(("graph", "precision", "quantized layers", "kept in floating point"), kinds)
+    yield from _how_it_was_found(made)
+    yield from _before_and_after(facts.examples)
+
+
+def _how_it_was_found(made: Quantized) -> Iterable[str]:
+    if made.times:
+        yield "<h3>What auto chose from</h3>"
+        times = ((t.graph, t.scheme, f"{t.milliseconds:.3f}") for t in made.times)
+        yield _table(("graph", "precision", "ms"), times)
+    if len(made.rounds) > 1:
+        yield "<h3>Attempts</h3>"
+        rounds = (
+            (", ".join(f"{graph} {scheme}" for graph, scheme in each.schemes.items()), str(each.kept),
+             "; ".join(each.failures) or "passed")
+            for each in made.rounds
+        )  # fmt: skip
+        yield _table(("precision", "layers kept", "outcome"), rounds)
+    if made.ranking:
+        yield "<h3>Layers that hurt most</h3>"
+        worst = (
+            (each.graph, each.layer, f"{each.local_error:.4f}", _number(each.output_error))
+            for each in made.ranking[:20]
+        )
+        yield _table(("graph", "layer", "its own error", "error of the graph's output"), worst)
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _before_and_after(found: Sequence[Example]) -> Iterable[str]:
+    if not found:
+        return
+    yield "<h3>Captions before and after</h3><p>Held-out pictures, those that changed first.</p>"
+    yield '<div class="pictures">'
+    for each in found:
+        pair = each.caption
+        text = f"<q>{escape(pair.before)}</q>"
+        text += "<em>the same</em>" if pair.same else f"<q>{escape(pair.after)}</q><em>changed</em>"
+        yield f'<figure><img alt="{escape(pair.picture)}" src="{_jpeg(each.pixels)}">'
+        yield f"<figcaption>{text}<small>{escape(pair.picture)}</small></figcaption></figure>"
+    yield "</div>"
+
+
+def _side_by_side(before: Measured, after: Measured) -> Iterable[Sequence[str]]:
+    for key, words in FIGURES.items():
+        if key in before.figures and key in after.figures:
+            a, b = before.figures[key], after.figures[key]
+            form = ",.0f" if key.endswith("bytes") else ".2f"
+            yield words, format(a, form), format(b, form), f"{b / a:.2f}" if a else ""
 
 
 def _captions(facts: Facts) -> Iterable[str]:
@@ -165,6 +301,14 @@ def _parity(parity: Parity) -> Iterable[str]:
     yield _table(("output", "error", "allowed", "largest value", "cases", "worst at"), rows)
 
 
+def _islands(facts: Facts) -> Iterable[str]:
+    if facts.islands:
+        yield "<h2>Float32 among float16</h2><p>Found by computing each node in float16 on pictures.</p>"
+        yield "<details><summary>all</summary><ul>"
+        yield from (f"<li>{escape(line)}</li>" for line in facts.islands)
+        yield "</ul></details>"
+
+
 def _sizes(facts: Facts) -> Iterable[str]:
     plan = facts.plan
     yield "<h2>Sizes</h2>"
@@ -194,11 +338,21 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="table"><table><tr>{titles}</tr>{cells}</table></div>'
 
 
-def _jpeg(pixels: NDArray[np.uint8]) -> str:
-    """A small copy of uint8[H, W, 3], RGB, as a data URL."""
+def _rgb(image: Any) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = image.rgb() if hasattr(image, "rgb") else image
+    return pixels
+
+
+def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8[H, W, 3] → the same, at most THUMBNAIL_PX wide and high."""
     scale = min(1.0, THUMBNAIL_PX / max(pixels.shape[:2]))
     size = tuple(max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
-    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _jpeg(pixels: NDArray[np.uint8]) -> str:
+    """A small copy of uint8[H, W, 3], RGB, as a data URL."""
+    small = _thumbnail(pixels)
     _, data = cv2.imencode(".jpg", np.ascontiguousarray(small[:, :, ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")
 
@@ -213,6 +367,7 @@ _PAGE = """<!doctype html>
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { margin: .5rem 0; } h2 { margin: 2rem 0 .5rem; font-size: 1.2rem; }
+.bad { border-left: 4px solid #b33; background: var(--soft); padding: .5rem .75rem; }
 .good { border-left: 4px solid #2a8a4a; background: var(--soft); padding: .5rem .75rem; }
 .table { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; overflow-wrap: normal; }

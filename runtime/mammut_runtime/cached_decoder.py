@@ -5,6 +5,8 @@ V vocabulary, H heads, d channels of a head.
 
 The picture's own keys and values (cross K/V) are the same for all K sequences and are never repeated or reordered. What
 to feed next is generation.py's and likelihood.py's business.
+
+Keys and values are NumPy arrays or, where the engine has memory of its own, DeviceTensors that never leave it.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mammut_runtime.device_tensors import DeviceTensor, take
 from mammut_runtime.engines import Engine
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Values = NDArray[Any] | DeviceTensor
+"""float32 or float16, as the bundle has them."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,18 @@ class CachedDecoder:
     Arrays are replaced, never written into, so `fork` costs nothing.
     """
 
-    def __init__(self, engine: Engine, cross: Mapping[str, Floats], shape: CacheShape) -> None:
-        """cross: cross_k.J and cross_v.J float32[P, H, N, d], as the memory graph gives them for P pictures."""
+    def __init__(self, engine: Engine, cross: Mapping[str, Values], shape: CacheShape) -> None:
+        """cross: cross_k.J and cross_v.J [P, H, N, d], as the memory graph gives them for P pictures.
+
+        The decoder's own cache has their dtype: in a bundle they are alike.
+        """
         self._engine = engine
         self._cross = dict(cross)
-        self._pictures: int = next(iter(cross.values())).shape[0]
-        empty = np.zeros((self._pictures, 1, shape.heads, 0, shape.head_width), np.float32)
+        any_cross = next(iter(cross.values()))
+        self._pictures: int = any_cross.shape[0]
+        empty = np.zeros((self._pictures, 1, shape.heads, 0, shape.head_width), any_cross.dtype)
         names = [f"{kind}.{layer}" for layer in range(shape.layers) for kind in ("k", "v")]
-        self._past: dict[str, Floats] = dict.fromkeys(names, empty)
+        self._past: dict[str, Values] = dict.fromkeys(names, empty)
 
     @property
     def pictures(self) -> int:
@@ -61,9 +70,15 @@ class CachedDecoder:
         """L, tokens fed so far, the same for all sequences."""
         return int(self._any_past().shape[3])
 
+    @property
+    def most_sequences(self) -> int | None:
+        """The largest K that the engine takes; None where any will do."""
+        limits: Mapping[str, tuple[int, ...]] = getattr(self._engine, "largest_inputs", {})
+        return limits["ids"][1] if "ids" in limits else None
+
     def feed(self, ids: Ids) -> Floats:
         """Append int64[P, K, T] to the sequences; float32[P, K, V], the logits after the last token of each."""
-        feeds: dict[str, NDArray[Any]] = {"ids": np.ascontiguousarray(ids, np.int64)}
+        feeds: dict[str, Any] = {"ids": np.ascontiguousarray(ids, np.int64)}
         feeds.update({f"past_{name}": past for name, past in self._past.items()})
         feeds.update(self._cross)
         outputs = self._engine.run(feeds)
@@ -79,14 +94,14 @@ class CachedDecoder:
         """
         if np.array_equal(parents, np.tile(np.arange(self.sequences), (self._pictures, 1))):
             return
-        rows = np.arange(self._pictures)[:, None]
-        self._past = {name: past[rows, parents] for name, past in self._past.items()}
+        rows = np.arange(self._pictures)[:, None] * self.sequences + parents
+        self._past = {name: take(past, rows, axes=2) for name, past in self._past.items()}
 
     def keep(self, pictures: Ids) -> None:
         """Go on with these pictures only: int64[kept], indices below P."""
         self._pictures = len(pictures)
-        self._past = {name: past[pictures] for name, past in self._past.items()}
-        self._cross = {name: cross[pictures] for name, cross in self._cross.items()}
+        self._past = {name: take(past, pictures) for name, past in self._past.items()}
+        self._cross = {name: take(cross, pictures) for name, cross in self._cross.items()}
 
     def fork(self) -> CachedDecoder:
         """Another decoder in the same state; the two go on independently and share memory until they do."""
@@ -95,5 +110,5 @@ class CachedDecoder:
         other._cross, other._past = dict(self._cross), dict(self._past)
         return other
 
-    def _any_past(self) -> Floats:
+    def _any_past(self) -> Values:
         return next(iter(self._past.values()))

@@ -8,6 +8,7 @@ Legend: P pictures, H heads, N image tokens, d channels of a head.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ from mammut_runtime.generation_openmammut import OpenMammutOptions
 from mammut_runtime.graphs import Graphs
 from mammut_runtime.likelihood import score_continuations
 from mammut_runtime.manifest import Manifest
-from mammut_runtime.probabilities import softmax
+from mammut_runtime.probabilities import log_softmax, softmax
 from mammut_runtime.results import Answer, Candidate, Caption
 from mammut_runtime.tokenizer import Tokenizer
 
@@ -78,6 +79,17 @@ class Captioner:
         rest = self._tokenizer.decode(ids)
         if rest != shown:
             yield rest.removeprefix(shown)
+
+    def token_probabilities(self, memory: Memory, ids: Sequence[int], options: CaptionOptions) -> tuple[float, ...]:
+        """The probability of each token of a caption of this picture, given the prompt and the tokens before it."""
+        fed, _, _ = self._plan(options)
+        decoder = self._decoder([memory])
+        found = []
+        for each in ids:
+            log_probabilities = log_softmax(decoder.feed(np.array([[fed]], np.int64)))
+            found.append(math.exp(float(log_probabilities[0, 0, each])))
+            fed = [each]
+        return tuple(found)
 
     def answer(self, memory: Memory, question: str, options: CaptionOptions) -> Answer:
         """A free answer, in the bundle's own form of a question. options.prompt must be None (InputError)."""

@@ -8,10 +8,12 @@ import click
 
 from mammut_runtime import console
 from mammut_runtime.commands_bench import bench
+from mammut_runtime.commands_build import build
 from mammut_runtime.commands_checks import doctor, verify
 from mammut_runtime.commands_pictures import ask, caption, match
 from mammut_runtime.commands_search import search
 from mammut_runtime.doctor import DISTRIBUTION
+from mammut_runtime.video.commands import ask_video, caption_video, find_video
 
 
 @click.group("mammut-run", context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,7 +26,7 @@ def cli() -> None:
     """
 
 
-for command in (caption, ask, match, search, verify, bench, doctor):
+for command in (caption, ask, match, search, caption_video, ask_video, find_video, verify, bench, build, doctor):
     cli.add_command(command)
 
 

@@ -15,9 +15,9 @@ from mammut_runtime import console
 from mammut_runtime.canary import canary_picture
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.commands_inputs import ModelSettings, json_option, model_options
-from mammut_runtime.doctor import bundle_bytes, examine, peak_memory_bytes
+from mammut_runtime.doctor import Report, bundle_bytes, examine, peak_memory_bytes
+from mammut_runtime.memory_use import measure_memory
 from mammut_runtime.model import Model, Seen
-from mammut_runtime.onnx_external import external_tensors
 
 WARM_UP = 2
 PROMPTS = 64
@@ -27,6 +27,8 @@ PROMPTS = 64
 class BenchResult:
     """Medians of one run."""
 
+    target: str
+    precision: str
     open_ms: float
     """Reading the manifest and checking every hash."""
     encode_ms: float
@@ -47,6 +49,10 @@ class BenchResult:
     bundle_bytes: int
     unique_weight_bytes: int
     """Of weights that the graphs take from weights.bin, each counted once."""
+    resident_bytes: int | None
+    """What the process grew by from a started engine to all graphs open and used once (memory_use.py)."""
+    resident_ratio: float | None
+    """resident_bytes / unique_weight_bytes."""
     threads: int
     repeats: int
 
@@ -59,15 +65,18 @@ class BenchResult:
 def bench(settings: ModelSettings, repeats: int, tokens: int, as_json: bool) -> None:
     """Measure a bundle on this machine.
 
-    Encoding, texts, captions, memory: medians, one picture at a time. The last line is one JSON object.
+    Encoding, texts, captions: medians, one picture at a time. Memory: what the process grows by from an engine that
+    has started (one graph of one node was run) until every graph of the bundle was opened and used once. The last line
+    is one JSON object.
     """
     result = measure(settings, repeats, tokens)
     report = examine()
     if not as_json:
-        machine, engine = report.machine, report.engines[0]
+        machine = report.machine
         click.echo(
-            f"{settings.bundle} on {machine.processor or machine.system}, {result.threads} of {machine.physical_cores} "
-            f"cores, {engine.name} {engine.version}, batch 1, {WARM_UP} warm-up, median of {repeats}"
+            f"{settings.bundle} ({result.precision}) on {machine.processor or machine.system}, {result.threads} of "
+            f"{machine.physical_cores} cores, {_engine(report, settings.engine.engine or result.target)}, batch 1, "
+            f"{WARM_UP} warm-up, median of {repeats}"
         )
         for line in describe(result):
             click.echo(line)
@@ -88,12 +97,15 @@ def measure(settings: ModelSettings, repeats: int, tokens: int) -> BenchResult:
     started = time.perf_counter()
     with settings.load() as model:
         open_ms = (time.perf_counter() - started) * 1000
+        memory = measure_memory(model, settings.engine)
         graphs, size = model.manifest.graphs, model.manifest.preprocess.size
         picture = canary_picture(1, (size, size))
         frame = np.random.default_rng(1).integers(0, 256, (1080, 1920, 3), np.uint8)
         texts = _Texts(model)
         captions = _captions(model, model.encode(picture), repeats, tokens) if "decoder" in graphs else None
         return BenchResult(
+            target=model.manifest.target,
+            precision=model.manifest.precision,
             open_ms=open_ms,
             encode_ms=_median_ms(lambda: model.encode(picture), repeats),
             encode_1080p_ms=_median_ms(lambda: model.encode(frame), repeats),
@@ -104,19 +116,12 @@ def measure(settings: ModelSettings, repeats: int, tokens: int) -> BenchResult:
             tokens_per_s=captions[2] if captions else None,
             peak_memory_bytes=peak_memory_bytes(),
             bundle_bytes=bundle_bytes(settings.bundle),
-            unique_weight_bytes=unique_weight_bytes(model),
+            unique_weight_bytes=memory.unique_weights,
+            resident_bytes=memory.resident,
+            resident_ratio=memory.ratio,
             threads=settings.engine.threads or examine().machine.physical_cores,
             repeats=repeats,
         )
-
-
-def unique_weight_bytes(model: Model) -> int:
-    """Bytes of weights.bin that the bundle's graphs refer to, those of several graphs counted once."""
-    ranges = set()
-    for info in model.manifest.graphs.values():
-        for tensor in external_tensors(model.bundle.read(info.file), info.file):
-            ranges.add((tensor.location, tensor.offset_bytes, tensor.length_bytes or 0))
-    return sum(length for _, _, length in ranges)
 
 
 def describe(result: BenchResult) -> list[str]:
@@ -132,8 +137,17 @@ def describe(result: BenchResult) -> list[str]:
         ("peak memory", None if result.peak_memory_bytes is None else result.peak_memory_bytes / 1e6, "MB"),
         ("bundle", result.bundle_bytes / 1e6, "MB"),
         ("unique weights", result.unique_weight_bytes / 1e6, "MB"),
+        ("resident, all graphs in use", None if result.resident_bytes is None else result.resident_bytes / 1e6, "MB"),
+        ("resident / unique weights", result.resident_ratio, "x"),
     ]
-    return [f"{name:<32}{value:>10.1f} {unit}".rstrip() for name, value, unit in rows if value is not None]
+    shown = [(name, value, unit, 2 if unit == "x" else 1) for name, value, unit in rows if value is not None]
+    return [f"{name:<32}{value:>10.{digits}f} {unit}".rstrip() for name, value, unit, digits in shown]
+
+
+def _engine(report: Report, name: str) -> str:
+    """ "onnxruntime 1.32.0"."""
+    versions = [each.version or "" for each in report.engines if each.name == name]
+    return f"{name} {versions[0] if versions else ''}".rstrip()
 
 
 class _Texts:

@@ -10,7 +10,7 @@ import click
 
 from mammut_runtime import console
 from mammut_runtime.commands_inputs import BUNDLE_VARIABLE, DEFAULT_BUNDLE, ModelSettings, json_option, model_options
-from mammut_runtime.doctor import bundle_bytes, describe, examine, find_bundles
+from mammut_runtime.doctor import bundle_bytes, describe, drift_warnings, examine, find_bundles
 from mammut_runtime.engines import EngineOptions
 
 
@@ -28,6 +28,7 @@ def verify(settings: ModelSettings, folder: Path | None, as_json: bool) -> None:
     with settings.load() as model:
         result = model.replay_canary()
         manifest = model.manifest
+    warnings = drift_warnings(manifest)
     size = bundle_bytes(settings.bundle)
     if as_json:
         console.echo_json(
@@ -40,6 +41,7 @@ def verify(settings: ModelSettings, folder: Path | None, as_json: bool) -> None:
                 "size_bytes": size,
                 "worst_error": result.worst_error,
                 "message": result.message,
+                "warnings": list(warnings),
             }
         )
         return
@@ -48,6 +50,8 @@ def verify(settings: ModelSettings, folder: Path | None, as_json: bool) -> None:
         f"{len(manifest.files)} files, {size / 1e6:.1f} MB, all as the manifest says"
     )
     click.echo(result.message)
+    for warning in warnings:
+        console.note(f"warning: {warning}")
 
 
 @click.command()

@@ -6,6 +6,7 @@ A picture that cannot be used does not stop the rest: it is reported on stderr (
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -18,6 +19,7 @@ import click
 
 from mammut_runtime import console
 from mammut_runtime.annotate import annotate, write_picture
+from mammut_runtime.commands_engine import engine_options
 from mammut_runtime.engines import EngineOptions
 from mammut_runtime.errors import BundleError, InputError
 from mammut_runtime.model import Model, Seen
@@ -49,7 +51,7 @@ class ModelSettings:
 
 
 def model_options(command: Function) -> Function:
-    """Add --bundle and the engine's options; the command gets them as its first argument, a ModelSettings."""
+    """Add --bundle, --preprocess and the engine's options; the command's first argument is a ModelSettings."""
 
     @click.option(
         "--bundle",
@@ -58,42 +60,17 @@ def model_options(command: Function) -> Function:
         default=DEFAULT_BUNDLE,
         help=f"The bundle's folder. Default: the variable {BUNDLE_VARIABLE}, else {DEFAULT_BUNDLE.as_posix()}.",
     )
-    @click.option("--threads", type=int, default=0, help="Threads per graph; 0 takes the physical cores. Default: 0.")
-    @click.option(
-        "--provider",
-        "providers",
-        multiple=True,
-        metavar="NAME",
-        help="ONNX Runtime execution provider; repeat in order of preference. Default: CPUExecutionProvider.",
-    )
-    @click.option("--spinning", is_flag=True, help="Idle threads wait in a busy loop: a little faster, costs a core.")
-    @click.option("--memory-arena", is_flag=True, help="Keep freed memory for the next call; it never shrinks.")
     @click.option(
         "--preprocess",
         type=click.Choice(["exact", "fast"]),
         default="exact",
         help="fast: large pictures are halved by a box filter first; close to exact, not equal. Default: exact.",
     )
-    @click.option("--low-memory", is_flag=True, help="No second, faster copy of the weights.")
+    @engine_options
     @functools.wraps(command)
     def with_settings(
-        *,
-        bundle: Path,
-        threads: int,
-        providers: tuple[str, ...],
-        spinning: bool,
-        memory_arena: bool,
-        preprocess: Literal["exact", "fast"],
-        low_memory: bool,
-        **rest: Any,
+        engine: EngineOptions, *, bundle: Path, preprocess: Literal["exact", "fast"], **rest: Any
     ) -> Any:
-        engine = EngineOptions(
-            threads=threads,
-            spinning=spinning,
-            memory_arena=memory_arena,
-            prepack=not low_memory,
-            providers=providers or EngineOptions().providers,
-        )
         return command(ModelSettings(bundle, engine, preprocess), **rest)
 
     return with_settings
@@ -134,6 +111,9 @@ def text_list(value: str, name: str) -> list[str]:
             texts = Path(value[1:]).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as problem:
             raise InputError(f"{name} {value}: expected UTF-8 text, one a line ({problem.reason})") from problem
+        except (OSError, ValueError) as problem:
+            reason = getattr(problem, "strerror", None) or problem
+            raise InputError(f"{name} {value}: cannot be read ({reason}); give a text file, one a line") from problem
     else:
         texts = value.split(",")
     texts = [text.strip() for text in texts if text.strip()]
@@ -145,18 +125,27 @@ def text_list(value: str, name: str) -> list[str]:
 def picture_paths(given: Sequence[str]) -> Iterator[Path]:
     """The pictures meant by files, folders (searched with their subfolders) and "-" (a list on stdin, one a line).
 
-    stdin is read as it comes, so another program can feed it. Raises InputError for a folder without pictures.
+    stdin is read as it comes, so another program can feed it. Raises InputError for a folder or a list without
+    pictures.
     """
     for each in given:
         path = Path(each)
         if each == "-":
-            for line in sys.stdin.buffer:
-                if name := line.rstrip(b"\r\n"):
-                    yield Path(os.fsdecode(name))
+            yield from _listed_on_stdin()
         elif path.is_dir():
             yield from pictures_in(path)
         else:
             yield path
+
+
+def _listed_on_stdin() -> Iterator[Path]:
+    count = 0
+    for line in sys.stdin.buffer:
+        if name := line.rstrip(b"\r\n"):
+            count += 1
+            yield Path(os.fsdecode(name))
+    if not count:
+        raise InputError("-: no pictures in the list on standard input; expected their paths, one a line")
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -180,17 +169,31 @@ class Shown:
     seen: Seen
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raises InputError that names the option where a picture or its folder cannot be written."""
+    try:
+        yield
+    except OSError as problem:
+        raise InputError(f"--annotate: {path} cannot be written ({problem.strerror}); give another folder") from problem
+
+
 class PictureRun:
     """One run over pictures: what came out, what failed, and the bar that shows it."""
 
     def __init__(self, model: Model, given: Sequence[str], label: str, as_json: bool, annotate_in: Path | None) -> None:
-        """given: PICTURES as the user gave them. Raises InputError for a folder without pictures."""
+        """given: PICTURES as the user gave them. Raises InputError for a folder without pictures; what is wrong with
+        the engine or its options is raised here too, once, and not for each picture."""
+        model.open_graphs("vision")
         self.model, self.as_json = model, as_json
         self._paths: Iterable[Path] = picture_paths(given)
         if "-" not in given:
             self._paths = list(self._paths)
         self.progress = console.Progress(label, len(self._paths) if isinstance(self._paths, list) else None)
         self._annotate_in = annotate_in
+        if annotate_in is not None:
+            with _writing(annotate_in):
+                annotate_in.mkdir(parents=True, exist_ok=True)
         self._written: set[Path] = set()
         self._notices: set[str] = set()
         self._failed = 0
@@ -233,9 +236,9 @@ class PictureRun:
     def finish(self, shown: Shown, annotation: Sequence[str]) -> None:
         """Done with a picture; `annotation` are the lines for its annotated copy."""
         if self._annotate_in is not None:
-            self._annotate_in.mkdir(parents=True, exist_ok=True)
             target = self._free_name(self._annotate_in, shown.path)
-            write_picture(target, annotate(shown.picture.rgb(), annotation))
+            with _writing(target):
+                write_picture(target, annotate(shown.picture.rgb(), annotation))
         self.progress.advance()
 
     def exit_code(self) -> int:

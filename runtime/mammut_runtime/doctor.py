@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mammut_runtime.bundle import MANIFEST_FILE
+from mammut_runtime.bundle import MANIFEST_FILE, Bundle
 from mammut_runtime.engines import EngineOptions
 from mammut_runtime.errors import MammutError, VerificationError
+from mammut_runtime.manifest import Manifest
 from mammut_runtime.model import Model
 from mammut_runtime.strict import to_dict
 
@@ -97,6 +98,8 @@ class BundleReport:
     canary: str | None
     """The canary's result in words; None if it was not reached."""
     problem: str | None
+    warnings: tuple[str, ...]
+    """What whoever uses it should know: it was published although it differs too much from float32."""
     exit_code: int
     """0, 1 if the canary does not reproduce, 2 if the bundle cannot be used."""
 
@@ -118,8 +121,9 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 if all that is needed is there and every bundle works; otherwise the worst of what was found."""
-        broken = any(each.problem for each in self.software)
+        """0 if the libraries and an engine are there and every bundle works; otherwise the worst of what was found."""
+        no_engine = bool(self.engines) and all(each.problem for each in self.engines)
+        broken = no_engine or any(each.problem for each in self.libraries)
         return max([2 * broken, *(each.exit_code for each in self.bundles)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def examine(bundles: Sequence[Path] = (), options: EngineOptions | None = None) 
         version=_version(DISTRIBUTION),
         machine=examine_machine(),
         libraries=tuple(_library(name, module) for name, module in LIBRARIES.items()),
-        engines=(_onnxruntime(),),
+        engines=(_onnxruntime(), _openvino(), _tensorrt()),
         bundles=tuple(examine_bundle(path, options) for path in bundles),
     )
 
@@ -157,17 +161,37 @@ def examine_bundle(path: Path, options: EngineOptions | None = None) -> BundleRe
     """Check every hash of a bundle and replay its canary."""
     name = target = precision = canary = None
     size_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
     try:
         with Model.load(path, options) as model:
             manifest = model.manifest
             name, target, precision = manifest.model.name, manifest.target, manifest.precision
-            size_bytes = bundle_bytes(path)
+            size_bytes, warnings = bundle_bytes(path), (*drift_warnings(manifest), *lint_warnings(model.bundle))
             canary = model.replay_canary().message
     except VerificationError as problem:
-        return BundleReport(str(path), name, target, precision, size_bytes, False, str(problem), None, 1)
+        return BundleReport(str(path), name, target, precision, size_bytes, False, str(problem), None, warnings, 1)
     except MammutError as problem:
-        return BundleReport(str(path), name, target, precision, size_bytes, False, canary, str(problem), 2)
-    return BundleReport(str(path), name, target, precision, size_bytes, True, canary, None, 0)
+        return BundleReport(str(path), name, target, precision, size_bytes, False, canary, str(problem), warnings, 2)
+    return BundleReport(str(path), name, target, precision, size_bytes, True, canary, None, warnings, 0)
+
+
+def drift_warnings(manifest: Manifest) -> tuple[str, ...]:
+    """In words, where a quantized bundle differs more from float32 than its exporter's limits, or may do so."""
+    quantized = [graph for graph, info in manifest.quantization.items() if info.weights in ("int8", "int4")]
+    if not quantized:
+        return ()
+    if manifest.drift is None:
+        return (f"{', '.join(quantized)}: quantized, and its drift was never measured (--accept-drift)",)
+    return tuple(f"published with --accept-drift: {failure}" for failure in manifest.drift.failures)
+
+
+def lint_warnings(bundle: Bundle) -> tuple[str, ...]:
+    """What TensorRT will not take of a bundle that is for it, a line for each node."""
+    if bundle.manifest.target != "tensorrt":
+        return ()
+    from mammut_runtime.tensorrt_lint import lint_bundle
+
+    return tuple(finding.describe() for finding in lint_bundle(bundle))
 
 
 def bundle_bytes(path: Path) -> int:
@@ -226,6 +250,7 @@ def describe(report: Report) -> list[str]:
     for bundle in report.bundles:
         what = f" ({bundle.name}, {bundle.target}, {bundle.precision})" if bundle.name else ""
         lines.append(f"bundle       {bundle.path}{what}: {bundle.problem or bundle.canary}")
+        lines += [f"  WARNING    {warning}" for warning in bundle.warnings]
     if not report.bundles:
         lines.append("bundle       none found")
     return lines
@@ -252,6 +277,29 @@ def _onnxruntime() -> EngineReport:
         return EngineReport("onnxruntime", str(ort.__version__), tuple(ort.get_available_providers()), None)
     except MammutError as problem:
         return EngineReport("onnxruntime", _version("onnxruntime"), (), str(problem))
+
+
+def _openvino() -> EngineReport:
+    from mammut_runtime.engines.openvino import devices, library
+
+    try:
+        found = library()
+        return EngineReport("openvino", str(found.__version__).split("-")[0], devices(), None)
+    except MammutError as problem:
+        return EngineReport("openvino", _version("openvino"), (), str(problem))
+
+
+def _tensorrt() -> EngineReport:
+    from mammut_runtime.engines import tensorrt_cuda, tensorrt_library
+
+    version = None
+    try:
+        found = tensorrt_library.load()
+        version = f"{found.version} ({found.name})"
+        gpu = tensorrt_cuda.describe(0)
+        return EngineReport("tensorrt", version, (f"{gpu.name} {gpu.compute_capability}",), None)
+    except MammutError as problem:
+        return EngineReport("tensorrt", version, (), str(problem))
 
 
 def _version(distribution: str) -> str | None:

@@ -42,8 +42,9 @@ def score_continuations(
     first = log_softmax(decoder.feed(prompt_ids))[:, 0]
     scores = np.empty((decoder.pictures, len(candidates)), np.float64)
     by_length = sorted(range(len(candidates)), key=lambda c: len(candidates[c]))
-    for start in range(0, len(by_length), CANDIDATES_AT_ONCE):
-        chosen = by_length[start : start + CANDIDATES_AT_ONCE]
+    at_once = min(CANDIDATES_AT_ONCE, decoder.most_sequences or CANDIDATES_AT_ONCE)
+    for start in range(0, len(by_length), at_once):
+        chosen = by_length[start : start + at_once]
         whole = [(*candidates[c], end_id) for c in chosen]
         scores[:, chosen] = first[:, [ids[0] for ids in whole]]
         for c, total in zip(chosen, _rest(decoder.fork(), whole).T, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Literal
 
@@ -264,7 +264,13 @@ class Manifest:
     canary: Canary = field(repr=False)
 
     def __post_init__(self) -> None:
-        checks = (self._file_problems(), self._graph_problems(), self._id_problems(), self._canary_problems())
+        checks = (
+            self._file_problems(),
+            self._graph_problems(),
+            self._profile_problems(),
+            self._id_problems(),
+            self._canary_problems(),
+        )
         for problem in itertools.chain(*checks):
             raise ValueError(problem)
 
@@ -278,7 +284,9 @@ class Manifest:
             yield f"files: missing key {TOKENIZER_FILE!r}, which the graphs for texts need"
 
     def _graph_problems(self) -> Iterator[str]:
-        contract = graph_contract(self.model, self.preprocess.size)
+        half = self.target == "tensorrt" and halves_between(self.graphs)
+        between: Literal["float32", "float16"] = "float16" if half else "float32"
+        contract = graph_contract(self.model, self.preprocess.size, between)
         for name, graph in self.graphs.items():
             if name not in contract:
                 yield f"graphs: unknown key {name[:80]!r}, expected some of {', '.join(contract)}"
@@ -290,6 +298,24 @@ class Manifest:
             yield from _tensor_problems(f"graphs.{name}.outputs", graph.outputs, contract[name].outputs)
         for name in self.quantization.keys() - self.graphs.keys():
             yield f"quantization: unknown key {name[:80]!r}, expected one of this bundle's graphs"
+
+    def _profile_problems(self) -> Iterator[str]:
+        if self.profiles and self.target != "tensorrt":
+            yield f"profiles: expected none in a bundle for {self.target}, got {', '.join(self.profiles)}"
+        for name, inputs in self.profiles.items():
+            if name not in self.graphs:
+                yield f"profiles: unknown key {name[:80]!r}, expected one of this bundle's graphs"
+                continue
+            tensors = {tensor.name: tensor for tensor in self.graphs[name].inputs}
+            for tensor in tensors.values():
+                if tensor.name not in inputs and any(isinstance(size, str) for size in tensor.shape):
+                    yield f"profiles.{name}: missing key {tensor.name!r}, an input with free sizes"
+            for key, profile in inputs.items():
+                if key not in tensors:
+                    yield f"profiles.{name}: unknown key {key[:80]!r}, expected inputs of the graph"
+                else:
+                    yield from _misfits(f"profiles.{name}.{key}", tensors[key], profile)
+            yield from _contradictions(f"profiles.{name}", tensors, inputs)
 
     def _id_problems(self) -> Iterator[str]:
         text = self.text
@@ -327,15 +353,18 @@ def read_manifest(text: bytes, where: str = MANIFEST_FILE) -> Manifest:
     return from_dict(Manifest, data, where, BundleError, hint)
 
 
-def graph_contract(model: ModelInfo, image_size: int) -> dict[str, GraphInfo]:
+def graph_contract(
+    model: ModelInfo, image_size: int, between: Literal["float32", "float16"] = "float32"
+) -> dict[str, GraphInfo]:
     """Every graph of format 1 as its ONNX file must be: names, dtypes and sizes. A bundle may have some of them.
 
-    image_size: side of the model's square input, pixels (S).
+    image_size: side of the model's square input, pixels (S). between: dtype of what goes from graph to graph or from
+    step to step (tokens, cross_*, past_*, present_*); float16 only in bundles for tensorrt, where it halves the caches.
     """
     heads, width = model.heads, model.text_width // model.heads
 
     def floats(name: str, *shape: int | str) -> TensorInfo:
-        return TensorInfo(name, "float32", shape)
+        return TensorInfo(name, between if is_between(name) else "float32", shape)
 
     def caches(prefix: str, count: int, *shape: int | str) -> list[TensorInfo]:
         """k and v of each layer, in the order k.0, v.0, k.1, v.1."""
@@ -357,6 +386,45 @@ def graph_contract(model: ModelInfo, image_size: int) -> dict[str, GraphInfo]:
         "memory": GraphInfo("memory.onnx", (tokens,), tuple(cross)),
         "decoder": GraphInfo("decoder.onnx", (new_ids, *past, *cross), (logits, *present)),
     }
+
+
+def is_between(name: str) -> bool:
+    """Whether a tensor goes from graph to graph, or from one step of the decoder to the next."""
+    return name == "tokens" or name.startswith(("cross_", "past_", "present_"))
+
+
+def halves_between(graphs: Mapping[str, GraphInfo]) -> bool:
+    """Whether some tensor between graphs is float16; then all of them must be."""
+    tensors = (tensor for graph in graphs.values() for tensor in (*graph.inputs, *graph.outputs))
+    return any(tensor.dtype == "float16" and is_between(tensor.name) for tensor in tensors)
+
+
+def _misfits(path: str, tensor: TensorInfo, profile: InputProfile) -> Iterator[str]:
+    """Where a profile is not of the tensor's shape, or its sizes do not rise from minimum to maximum."""
+    sizes = (profile.minimum, profile.optimum, profile.maximum)
+    if any(len(each) != len(tensor.shape) for each in sizes):
+        ranks = ", ".join(str(len(each)) for each in sizes)
+        yield f"{path}: expected {len(tensor.shape)} sizes each, as {_described(tensor)} has, got {ranks}"
+        return
+    for size, low, usual, high in zip(tensor.shape, *sizes, strict=True):
+        if not low <= usual <= high or high == 0:
+            yield f"{path}: expected minimum <= optimum <= maximum, and a maximum above 0, got {low}, {usual}, {high}"
+        if isinstance(size, int) and not low == usual == high == size:
+            yield f"{path}: expected {size} throughout, as {_described(tensor)} has, got {low}, {usual}, {high}"
+
+
+def _contradictions(
+    path: str, tensors: Mapping[str, TensorInfo], profiles: Mapping[str, InputProfile]
+) -> Iterator[str]:
+    """Where two inputs give one free size, such as "batch", different limits."""
+    seen: dict[str, tuple[str, tuple[int, int, int]]] = {}
+    for name, profile in profiles.items():
+        sizes = zip(profile.minimum, profile.optimum, profile.maximum, strict=False)
+        for size, limits in zip(tensors[name].shape if name in tensors else (), sizes, strict=False):
+            if isinstance(size, str):
+                first, wanted = seen.setdefault(size, (name, limits))
+                if limits != wanted:
+                    yield f"{path}.{name}: {size} is {limits}, but {wanted} in {first}; expected the same"
 
 
 def _tensor_problems(path: str, found: tuple[TensorInfo, ...], expected: tuple[TensorInfo, ...]) -> Iterator[str]:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from mammut_runtime.bundle import TOKENIZER_FILE, Bundle, Canary, Manifest
 from mammut_runtime.canary import CanaryResult, canary_picture, compare
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.captioner import Captioner, Memory
-from mammut_runtime.engines import Engine, EngineOptions, open_engine
+from mammut_runtime.engines import Engine, EngineOptions, check_ready, open_engine
 from mammut_runtime.errors import BundleError, InputError, VerificationError
 from mammut_runtime.generation_openmammut import OpenMammutOptions
 from mammut_runtime.graphs import Graphs
@@ -37,6 +37,12 @@ from mammut_runtime.probabilities import softmax
 from mammut_runtime.results import Answer, Caption, Match, Matches
 from mammut_runtime.text_tower import Classifier, TextTower, check_templates
 from mammut_runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mammut_runtime.video.captions import VideoCaptionOptions
+    from mammut_runtime.video.cues import Cue
+    from mammut_runtime.video.encode import SeenClip
+    from mammut_runtime.video.sampler import Budget
 
 Floats = NDArray[np.float32]
 Image = NDArray[np.uint8] | Picture | str | Path | bytes
@@ -86,12 +92,20 @@ class Model:
     ) -> Model:
         """Open the bundle in the folder `path`.
 
-        verify: check every file's hash first (reads the whole bundle; sizes and names are always checked).
+        verify: check every file's hash first (reads the whole bundle; sizes and names are always checked), and, where
+        the engines were built on this device, replay the canary.
         preprocess: "exact" is what the model was trained with; "fast" is for large camera frames (see preprocess.py).
         Raises BundleError for what is not a whole, unedited bundle; EngineError, at first use, for an engine that is
-        missing.
+        missing, and now for engines that must be built first; VerificationError for a canary that differs.
         """
-        return cls(Bundle.open(path, verify), options, preprocess=preprocess)
+        model = cls(Bundle.open(path, verify), options, preprocess=preprocess)
+        if check_ready(model.bundle.path, model.manifest.target, options) and verify:
+            try:
+                model.replay_canary()
+            except BaseException:
+                model.close()
+                raise
+        return model
 
     @property
     def manifest(self) -> Manifest:
@@ -121,6 +135,41 @@ class Model:
             pairs = zip(outputs["tokens"], outputs["embedding"], strict=True)
             seen += [Seen(self, tokens, embedding) for tokens, embedding in pairs]
         return seen
+
+    def encode_video(
+        self,
+        source: str | Path | Sequence[NDArray[np.uint8]],
+        start_s: float = 0.0,
+        end_s: float | None = None,
+        budget: Budget | None = None,
+        *,
+        color: ChannelOrder = "rgb",
+        fps: float | None = None,
+    ) -> SeenClip:
+        """Look at a clip, or the part of it from start_s to end_s; then caption, ask and match as for a picture.
+
+        source: a file, or frames uint8[H, W, 3] (then color says their channels, and fps, 25 by default, their times).
+        budget: what it may cost; None is 8 frames. What was used is in the result's `sampling`. How frames become one
+        is in video/encode.py. Raises InputError for what is no clip, and for a part without frames.
+        """
+        from mammut_runtime.video.encode import encode_video
+
+        return encode_video(self, source, start_s, end_s, budget, color, fps)
+
+    def caption_video(
+        self,
+        path: str | Path,
+        options: VideoCaptionOptions | None = None,
+        start_s: float = 0.0,
+        end_s: float | None = None,
+    ) -> Iterator[Cue]:
+        """Timed cues of a clip, each as soon as it is known, in order and without overlap. Memory does not grow.
+
+        Raises InputError, at the first cue, for what is no clip.
+        """
+        from mammut_runtime.video.captions import caption_video
+
+        return caption_video(self, path, options, start_s, end_s)
 
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         """float32[N, E], unit length; comparable with Seen.embedding by dot product.
@@ -200,6 +249,15 @@ class Model:
         if not result.ok:
             raise VerificationError(f"{self.bundle.path}: {result.message}")
         return result
+
+    def open_graphs(self, *names: str) -> None:
+        """Open these graphs now, not at first use: an application that must answer quickly does so when it starts.
+
+        Raises BundleError for a graph that the bundle does not have, EngineError, InputError for options that the
+        engine cannot honour.
+        """
+        for name in names:
+            self._graphs.engine(name)
 
     def close(self) -> None:
         """Frees the graphs. What was seen keeps its embedding, everything else raises EngineError afterwards."""

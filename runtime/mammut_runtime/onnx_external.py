@@ -118,6 +118,18 @@ def message_fields(message: memoryview, where: str) -> Iterator[tuple[int, memor
 
     Raises BundleError, which begins with `where`, for bytes that are not such a message.
     """
+    for number, content, has_length in all_fields(message, where):
+        if has_length and not isinstance(content, int):
+            yield number, content
+
+
+def all_fields(message: memoryview, where: str) -> Iterator[tuple[int, memoryview | int, bool]]:
+    """Number and content of every field of a protobuf message, and whether it is length-delimited.
+
+    The content is a number for a varint, else bytes: 4 or 8 of them for a number of fixed size.
+
+    Raises BundleError as message_fields does.
+    """
     position, end = 0, len(message)
     while position < end:
         tag, position = _varint(message, position, where)
@@ -125,7 +137,8 @@ def message_fields(message: memoryview, where: str) -> Iterator[tuple[int, memor
         if tag >= 2**32 or number == 0:  # readers in C++ cut a tag to 32 bits: it would be another field to them
             raise BundleError(f"{where}: not a readable ONNX file (field number {number})")
         if wire == _VARINT:
-            _, position = _varint(message, position, where)
+            value, position = _varint(message, position, where)
+            yield number, value, False
             continue
         if wire == _BYTES:
             length, position = _varint(message, position, where)
@@ -135,8 +148,7 @@ def message_fields(message: memoryview, where: str) -> Iterator[tuple[int, memor
             raise BundleError(f"{where}: not a readable ONNX file (wire type {wire})")
         if length > end - position:
             raise BundleError(f"{where}: not a readable ONNX file (a field of {length:,} bytes is cut off)")
-        if wire == _BYTES:
-            yield number, message[position : position + length]
+        yield number, message[position : position + length], wire == _BYTES
         position += length
 
 

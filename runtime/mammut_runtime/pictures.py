@@ -101,7 +101,7 @@ def _read_file(path: Path, max_pixels: int) -> bytes:
         if size > limit:
             raise InputError(
                 f"{path}: {size / 1e6:,.0f} MB, expected at most {limit / 1e6:,.0f} MB for a picture of "
-                f"{max_pixels:,} pixels; shrink it, or raise max_pixels"
+                f"{max_pixels:,} pixels; shrink it first (in Python, read_picture takes a larger max_pixels)"
             )
         return path.read_bytes()
     except (OSError, ValueError) as error:
@@ -114,7 +114,7 @@ def check_size(header: PictureHeader, max_pixels: int, name: str) -> None:
     if width * height > max_pixels:
         raise InputError(
             f"{name}: {width:,} x {height:,} pixels are {width * height / 1e6:,.1f} million, expected at most "
-            f"{max_pixels / 1e6:,.1f} million; shrink the picture, or raise max_pixels"
+            f"{max_pixels / 1e6:,.1f} million; shrink it first (in Python, read_picture takes a larger max_pixels)"
         )
     if max(width, height) > MAX_SIDE:
         raise InputError(

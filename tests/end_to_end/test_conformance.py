@@ -1,4 +1,4 @@
-"""The conformance kit, reference numbers of the public openMaMMUT code, through PyTorch and through a bundle."""
+"""The conformance kit, reference numbers of the public openMaMMUT code, through PyTorch and through bundles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KIT = TESTS.parent.parent / "shared" / "conformance" / "check.py"
 
 @pytest.mark.shared
 @pytest.mark.skipif(not KIT.exists(), reason="../shared/conformance is not part of a clone")
-@pytest.mark.parametrize("mode", ["torch", "bundle"])
+@pytest.mark.parametrize("mode", ["torch", "bundle", "openvino"])
 def test_kit_passes(mode: str) -> None:
     environment = os.environ | {"MAMMUT_ADAPTER": mode, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(KIT), "--adapter", str(TESTS / "conformance_adapter.py")]

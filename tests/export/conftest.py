@@ -17,7 +17,7 @@ import torch
 
 from mammut.checkpoint import Checkpoint
 from mammut_export import onnx_graphs
-from mammut_export.export import model_info
+from mammut_export.contents import model_info
 from mammut_export.graphs import GRAPHS, TraceableGraph, traceable
 from mammut_runtime.manifest import graph_contract
 
@@ -83,9 +83,9 @@ def traced_once(traced: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture
 def spoilt_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An exporter with a fault: one number of weights.bin is wrong."""
-    from mammut_export import export
+    from mammut_export import contents
 
-    right = export.write_graphs
+    right = contents.write_graphs
 
     def wrong(folder: Path, *rest: Any) -> object:
         info = right(folder, *rest)
@@ -96,7 +96,7 @@ def spoilt_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         path.write_bytes(data)
         return info
 
-    monkeypatch.setattr(export, "write_graphs", wrong)
+    monkeypatch.setattr(contents, "write_graphs", wrong)
     yield
 
 

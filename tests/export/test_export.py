@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from mammut.checkpoint import Checkpoint
-from mammut_export.export import ExportOptions, ExportResult, export, text_rule
+from mammut_export.contents import text_rule
+from mammut_export.export import ExportResult, export
+from mammut_export.options import ExportOptions
 from mammut_runtime.bundle import Bundle
 from mammut_runtime.errors import CheckpointError, InputError, VerificationError
 from mammut_runtime.model import Model
@@ -120,8 +122,9 @@ def test_an_existing_bundle_is_replaced_only_when_asked(result: ExportResult, ti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "tflite"}, "target: expected one of onnxruntime, got 'tflite'"),
-        ({"precision": "int3"}, "precision: expected one of fp32, fp16, got 'int3'"),
+        ({"target": "tflite"}, "target: expected one of onnxruntime, openvino, tensorrt, got 'tflite'"),
+        ({"precision": "int3"}, "precision: expected one of fp32, fp16, int8, .* or auto for .*, got 'int3'"),
+        ({"target": "tensorrt", "precision": "auto"}, "TensorRT builds on the device; choose fp16, int8 or int4"),
         ({"tasks": ("sing",)}, "tasks: expected one or more of caption, ask, match, search, got 'sing'"),
         ({"tolerance": 0.0}, "tolerance: expected a number above 0"),
         ({"tolerance": float("nan")}, "tolerance: expected a number above 0"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mammut.checkpoint import Checkpoint
-from mammut_export.export import model_info
+from mammut_export.contents import model_info
 from mammut_export.graphs import (
     GRAPHS,
     TASKS,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mammut.checkpoint import Checkpoint
 from mammut_export import onnx_graphs
-from mammut_export.export import model_info
+from mammut_export.contents import model_info
 from mammut_export.graphs import GRAPHS, TRACED_SIZES
 from mammut_export.lattice import replay
 from mammut_runtime.engines import open_engine

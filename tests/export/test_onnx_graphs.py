@@ -11,7 +11,7 @@ import torch
 
 from mammut.checkpoint import Checkpoint
 from mammut_export import onnx_graphs
-from mammut_export.export import model_info
+from mammut_export.contents import model_info
 from mammut_export.graphs import GRAPHS, traceable
 from mammut_runtime.errors import EngineError
 from mammut_runtime.manifest import graph_contract

@@ -8,7 +8,8 @@ import pytest
 
 from mammut.checkpoint import Checkpoint
 from mammut_export import parity
-from mammut_export.export import ExportOptions, export
+from mammut_export.export import export
+from mammut_export.options import ExportOptions
 from mammut_export.parity import CaptionParity, OutputParity, Parity, _gap, _Ledger, verify
 from mammut_export.samples import drawn_samples
 from mammut_runtime.bundle import Bundle

@@ -38,7 +38,7 @@ def test_figures_of_public_models(
 ) -> None:
     start = time.monotonic()
     config = presets.openmammut(size)
-    plan = make_plan(config, GRAPHS, "fp32", 20)
+    plan = make_plan(config, dict.fromkeys(GRAPHS, "fp32"), 20)
     assert time.monotonic() - start < 5
     assert plan.parameters / 1e6 == pytest.approx(parameters_m, abs=0.01)
     assert vision_operations(config) / 1e9 == pytest.approx(image_gf, abs=0.01)
@@ -57,10 +57,10 @@ def test_every_parameter_is_somewhere(config: MammutConfig) -> None:
 
 def test_bytes_of_the_tiny_model() -> None:
     config = presets.tiny()
-    plan = make_plan(config, GRAPHS, "fp32", 8)
+    plan = make_plan(config, dict.fromkeys(GRAPHS, "fp32"), 8)
     parameters = sum(p.numel() for n, p in Mammut(config).named_parameters() if n not in ("log_logit_scale", "bias"))
     assert plan.parameters == parameters and plan.unique_weight_bytes == 4 * parameters
-    halved = make_plan(config, GRAPHS, "fp16", 8)
+    halved = make_plan(config, dict.fromkeys(GRAPHS, "fp16"), 8)
     assert 0.5 < halved.unique_weight_bytes / plan.unique_weight_bytes < 0.55
     # 2 layers of keys and values, width 24; 4 image tokens, 1 cross block
     assert plan.cache_bytes_per_token == 2 * 2 * 24 * 4 and plan.cache_bytes == 8 * plan.cache_bytes_per_token
@@ -70,7 +70,7 @@ def test_bytes_of_the_tiny_model() -> None:
 
 
 def test_description_says_what_matters() -> None:
-    text = "\n".join(describe(make_plan(presets.openmammut("B-32"), GRAPHS, "fp32", 20)))
+    text = "\n".join(describe(make_plan(presets.openmammut("B-32"), dict.fromkeys(GRAPHS, "fp32"), 20)))
     for part in (
         "183.02 M",
         "8.82 G for a picture",
@@ -80,7 +80,7 @@ def test_description_says_what_matters() -> None:
         "per beam of 20 tokens",
     ):
         assert part in text, part
-    search = "\n".join(describe(make_plan(presets.openmammut("B-32"), ("vision", "text"), "fp16", 20)))
+    search = "\n".join(describe(make_plan(presets.openmammut("B-32"), {"vision": "fp16", "text": "fp16"}, 20)))
     assert "decoder" not in search and "fp16" in search
 
 

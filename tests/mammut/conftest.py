@@ -16,8 +16,8 @@ import torch
 
 from mammut.bpe_training import train_tokenizer
 from mammut.presets import tiny
-from mammut.recipes import pretrain
-from mammut.run_config import RunConfig, changed
+from mammut.training.recipes import pretrain
+from mammut.training.run_config import RunConfig, changed
 from mammut_runtime.strict import to_dict, to_json
 from mammut_runtime.tokenizer import Tokenizer
 

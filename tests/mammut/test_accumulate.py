@@ -8,11 +8,11 @@ from typing import Literal
 import pytest
 import torch
 
-from mammut.accumulate import backward_of_step
 from mammut.model import Mammut
-from mammut.objective import ObjectiveOptions, PairBatch, TwoPass
-from mammut.position_crops import draw_kept, draw_regions
 from mammut.presets import tiny
+from mammut.training.accumulate import backward_of_step
+from mammut.training.objective import ObjectiveOptions, PairBatch, TwoPass
+from mammut.training.position_crops import draw_kept, draw_regions
 
 
 def batch(number: int = 8, seed: int = 0, crops: bool = False) -> PairBatch:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mammut import openmammut, presets
 from mammut.bpe_training import train_tokenizer
 from mammut.checkpoint import OPENMAMMUT_PROMPTS, load_checkpoint, save_checkpoint
+from mammut.clip_tokenizer import build_clip_tokenizer
 from mammut.config import MammutConfig
 from mammut.model import Mammut
 from mammut_runtime.errors import CheckpointError, InputError
@@ -65,11 +66,11 @@ def public_config(folder: Path, config: MammutConfig) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
 
 
-def public_folder(folder: Path, form: str) -> tuple[Path, Mammut]:
-    """A public checkpoint with random weights, in one of the published forms."""
+def public_folder(folder: Path, form: str, rows: int = 520) -> tuple[Path, Mammut]:
+    """A public checkpoint with random weights, in one of the published forms; `rows` of the token embedding."""
     config = openmammut.openmammut_config(
         name="tiny-public", image_size=32, patch_size=8, vision=(2, 32, 2, 128), text=(4, 24, 2),
-        mlp_in_crossed_blocks=False, vocab_size=520, embedding_rows=520,
+        mlp_in_crossed_blocks=False, vocab_size=520, embedding_rows=rows,
     )  # fmt: skip
     model = seeded(config)
     folder.mkdir()
@@ -236,6 +237,15 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
 def test_tokenizers_must_fit(own: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="only 520 embedding rows"):
         load_checkpoint(own, tokenizer_json=train_tokenizer(["many different words here"] * 3, 530))
+    # 49,408 rows and fewer columns, as the public code makes them: the tokenizer must fit the columns.
+    folder, padded = public_folder(tmp_path / "padded", "safetensors", rows=49_408)
+    assert padded.text.token_embedding.weight.shape[0] == 49_408
+    found = load_checkpoint(folder)
+    assert found.tokenizer_json == TOKENIZER and found.model.config.text.embedding_rows == 49_408
+    large = train_tokenizer(["many different words here"] * 3, 530)
+    for given in (large, build_clip_tokenizer()):
+        with pytest.raises(CheckpointError, match="only 520 output columns"):
+            load_checkpoint(folder, tokenizer_json=given)
     folder, _ = public_folder(tmp_path / "public", "bin")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="put the tokenizer it was trained with beside"):

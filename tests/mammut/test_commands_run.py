@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mammut.commands import cli
-from mammut.run_config import RunConfig
+from mammut.training.run_config import RunConfig
 from mammut_runtime import console
 
 

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mammut.contrast import global_contrastive, text_key
-from mammut.losses import focal_contrastive, info_nce
+from mammut.training.contrast import ABSENT, global_contrastive, text_key
+from mammut.training.losses import focal_contrastive, info_nce
 from mammut_runtime.errors import InputError
 
 Kind = Literal["focal", "infonce"]
@@ -104,6 +104,25 @@ def test_closed_form_in_float64(rows: int, seed: int, gamma: float, kind: Kind) 
     scale, bias = torch.tensor(5.0).double(), torch.tensor(-1.5).double()
     loss = global_contrastive(images, texts, scale, bias, k, k, kind=kind, gamma=gamma, tile=4)
     assert loss.item() == pytest.approx(by_hand(kind, images.numpy(), texts.numpy(), k.numpy(), gamma), rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_absent_rows_are_as_if_they_were_not_there(kind: Kind) -> None:
+    """Pictures 1 and 6 have no text; texts 3 and 4 are room that was not filled."""
+    there, texts_there = [0, 2, 3, 4, 5], [0, 1, 2, 5, 6]
+    picture_keys = torch.tensor([10, ABSENT, 11, 12, 13, 14, ABSENT])
+    text_keys = torch.tensor([10, 11, 12, ABSENT, ABSENT, 13, 14])
+    full = leaves(7)
+    less = [full[0].detach()[there], full[1].detach()[texts_there], *(each.detach() for each in full[2:])]
+    less = [each.clone().requires_grad_() for each in less]
+    for rows, keys_of in ((full, (picture_keys, text_keys)), (less, (picture_keys[there], text_keys[texts_there]))):
+        global_contrastive(*rows, *keys_of, kind=kind, tile=2).backward()  # type: ignore[arg-type]
+    for a, b, place in zip(full, less, (there, texts_there, ..., ...), strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(a.grad[place], b.grad)
+    assert full[0].grad is not None and full[0].grad[[1, 6]].abs().sum() == 0
+    none = torch.full((7,), ABSENT)
+    assert global_contrastive(*leaves(7), none, none, kind=kind).item() == 0  # type: ignore[arg-type]
 
 
 def _one_of_two(rank: int, folder: str) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mammut import demo_recipe as recipe
-from mammut.data import Pair
-from mammut.evaluate_demo import greedy_batch, on_white, word_overlap
+from mammut.data.pairs import Pair
+from mammut.demo import recipe
+from mammut.demo.evaluate import greedy_batch, on_white, word_overlap
 from mammut.generate import greedy
 from mammut.model import Mammut
 from mammut.presets import tiny
@@ -60,7 +60,29 @@ def test_one_vendor_of_some_names_is_held_out() -> None:
 
 def test_a_folder_without_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected the data folder of the demo recipe, but it has no pairs/clothing"):
-        recipe.training_corpora(tmp_path)
+        recipe.training_pairs(tmp_path)
+
+
+def test_pairs_are_packed_as_training_reads_them(tmp_path: Path) -> None:
+    from mammut.data.pairs import plain_pair
+    from mammut.data.shards import Part, Position, stream
+
+    png = bytes(cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1])
+    forms = ("a photo of a hat", "a hat")
+    pairs = [Pair(f"x {n}", png, forms[:1], forms, (("what is this?", "a hat"),), "CC0") for n in range(3)]
+    content = recipe.packed(recipe.Training(pairs, 1.0))
+    assert content == recipe.packed(recipe.Training(pairs, 1.0))  # resumable: the same bytes again
+    recipe.write_whole(tmp_path / "x.tar", content)
+    drawn = [next(stream([Part(str(tmp_path / "x.tar"))], Position(), 0, 1)).sample]
+    assert drawn[0] is not None and drawn[0].data == png
+    read = plain_pair("", b"", drawn[0].row)
+    assert (read.captions, read.matches, read.questions) == (pairs[0].captions, forms, pairs[0].questions)
+
+
+def test_rare_captions_are_evened() -> None:
+    pairs = [Pair("x", b"", ("often",))] * 160 + [Pair("x", b"", ("rarely",))] * 40 + [Pair("x", b"", ("once",))]
+    shares = recipe.evened(pairs)
+    assert (shares[0], shares[160], shares[-1]) == (0.5, 1.0, 1.0)
 
 
 def test_drawings_are_judged_on_white() -> None:
@@ -113,3 +135,21 @@ def test_nothing_that_is_judged_is_trained_on() -> None:
 def test_yes_no_questions_are_balanced() -> None:
     asked = [answer for p in recipe.labelled_pairs(DATA, "flowers", "val") for q, answer in p.questions[3:5]]
     assert asked.count("yes") == asked.count("no")
+
+
+@pytest.mark.shared
+@needs_data
+def test_the_demo_is_one_command(tmp_path: Path) -> None:
+    """A few steps of the committed recipe on two processes: loop, sources and tokenizer are the whole run's."""
+    from mammut.checkpoint import DEMO_FOLDER, load_checkpoint
+    from mammut.commands import cli
+    from mammut.training.run_log import read_log
+    from mammut_runtime import console
+
+    out = tmp_path / "out"
+    assert console.run(cli, ["demo", str(DATA), str(out), "--steps", "2", "--processes", "2"]) == 0
+    rows = read_log(out)
+    assert [row["step"] for row in rows if "loss" in row] == [2]
+    assert {f"held_out/{kind}" for kind in recipe.held_out(DATA)} <= rows[-1].keys()
+    assert (out / "tokenizer.json").read_bytes() == (DEMO_FOLDER / "tokenizer.json").read_bytes()
+    assert load_checkpoint(out / "checkpoint").model.config == load_checkpoint("demo").model.config

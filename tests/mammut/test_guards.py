@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mammut.guards import DamageTally, LossWatch
+from mammut.training.guards import DamageTally, LossWatch
 from mammut_runtime.errors import MammutError
 
 

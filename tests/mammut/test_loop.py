@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from mammut.checkpoint import load_checkpoint
-from mammut.loop import Run, stored_config, train
-from mammut.parallel import Place
-from mammut.run_config import RunConfig
-from mammut.run_log import read_log
-from mammut.run_state import saved_steps
+from mammut.training.loop import Run, stored_config, train
+from mammut.training.parallel import Place
+from mammut.training.run_config import RunConfig
+from mammut.training.run_log import read_log
+from mammut.training.run_state import saved_steps
 from mammut_runtime.errors import CheckpointError, InputError, MammutError
 
 ALONE = Place(0, 1, torch.device("cpu"))
@@ -38,7 +38,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 def stopped(config: RunConfig, out: Path, steps: int) -> None:
     """The first steps of a run, as if it had been stopped after saving."""
     run = Run(config, out, ALONE, lambda message: None)
-    from mammut.run_log import RunLog
+    from mammut.training.run_log import RunLog
 
     def stop(done: int) -> None:
         if done == steps:
@@ -140,12 +140,12 @@ def first_losses(run: Run, steps: int) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("strategy", "form"), [("fsdp", "sharded"), ("ddp", "whole")])
-def test_torchrun_is_resumed_exactly(small_run: Any, tmp_path: Path, strategy: str, form: str) -> None:
+@pytest.mark.parametrize(("strategy", "form", "muon"), [("fsdp", "sharded", 0), ("ddp", "whole", 20)])
+def test_torchrun_is_resumed_exactly(small_run: Any, tmp_path: Path, strategy: str, form: str, muon: int) -> None:
     """Two processes; the checkpoint of the end is taken away, and the steps from the one before come out the same."""
     config_file = small_run.write(
         f'parallel.strategy="{strategy}"', f'save.form="{form}"', "micro_batches=2", "stages.0.steps=4",
-        "parallel.recompute_blocks=true", "data.workers=1",
+        "parallel.recompute_blocks=true", "data.workers=1", f"optimizer.muon={muon}", "optimizer.average=0.9",
     )  # fmt: skip
     out = tmp_path / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -184,9 +184,19 @@ def test_a_resumed_run_must_be_the_same_run(small_run: Any, tmp_path: Path) -> N
 def test_a_damaged_checkpoint_is_said(small_run: Any, tmp_path: Path) -> None:
     config, out = small_run.with_("stages.0.steps=3"), tmp_path / "out"
     train(config, out, ALONE)
+    process = out / "step-00000003" / "process-0.json"
+    whole = process.read_bytes()
+    process.write_bytes(whole[:20])
+    with pytest.raises(CheckpointError, match="step-00000003: damaged: not readable as JSON"):
+        train(config, out, ALONE, resume=True)
+    process.write_bytes(whole)
+    train(config, out, ALONE, resume=True)  # control
     state = out / "step-00000003" / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+    with pytest.raises(CheckpointError, match=r"step-00000003: damaged \(.*remove it to resume from the one before"):
+        train(config, out, ALONE, resume=True)
+    torch.save({"model": {}, "optimizer": {}}, state)  # whole, but of something else
+    with pytest.raises(CheckpointError, match="step-00000003: does not fit this run's model"):
         train(config, out, ALONE, resume=True)
 
 

@@ -9,9 +9,9 @@ import torch
 
 from mammut.checkpoint import load_checkpoint, save_checkpoint
 from mammut.clip_tokenizer import build_clip_tokenizer
-from mammut.lora import LoraOptions, add_lora, merge_lora, plain_state
 from mammut.model import Mammut
 from mammut.presets import tiny
+from mammut.training.lora import LoraOptions, add_lora, merge_lora, plain_state
 from mammut_runtime.errors import InputError
 from mammut_runtime.preprocess import PreprocessRule
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mammut.lora import LoraOptions
-from mammut.memory_plan import LiveBytes, plan_memory
 from mammut.model import Mammut
-from mammut.objective import ObjectiveOptions, PairBatch, TwoPass, weighed
-from mammut.parallel import ParallelOptions, Place, Prepared
 from mammut.presets import paper_base, paper_huge, tiny
+from mammut.training.lora import LoraOptions
+from mammut.training.memory_plan import LiveBytes, plan_memory
+from mammut.training.objective import ObjectiveOptions, PairBatch, TwoPass, weighed
+from mammut.training.parallel import ParallelOptions, Place, Prepared
 from mammut_runtime.errors import InputError
 
 OBJECTIVE = ObjectiveOptions()
@@ -47,8 +47,9 @@ def test_recomputation_and_batch_size_act_as_they_should() -> None:
         return plan_memory(paper_base(), OBJECTIVE, parallel, devices=1, batch_size=batch).activation_bytes
 
     assert activations(True, 16) < activations(False, 16) / 2
-    growth = activations(False, 96) - activations(False, 64)
-    assert growth == pytest.approx(activations(False, 128) - activations(False, 96), rel=0.05)  # linear
+    # Linear, once the vocabulary's logits come in parts.
+    growth = activations(False, 160) - activations(False, 128)
+    assert growth == pytest.approx(activations(False, 192) - activations(False, 160), rel=0.05)
 
 
 def test_the_papers_model() -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from mammut.losses import focal_contrastive
 from mammut.model import Mammut
-from mammut.objective import (
+from mammut.presets import openmammut_config, tiny
+from mammut.training.contrast import ABSENT
+from mammut.training.losses import focal_contrastive
+from mammut.training.objective import (
     ObjectiveOptions,
     PairBatch,
     TwoPass,
@@ -20,7 +22,6 @@ from mammut.objective import (
     uncertainty_optimum,
     weighed,
 )
-from mammut.presets import openmammut_config, tiny
 from mammut_runtime.errors import InputError
 
 
@@ -38,8 +39,9 @@ def two_pass(options: ObjectiveOptions, **changes: object) -> TwoPass:
     return TwoPass(Mammut(dataclasses.replace(tiny(), **changes)), options, autocast=None)  # type: ignore[arg-type]
 
 
-def test_both_losses_are_those_of_the_plain_model(batch: PairBatch) -> None:
-    options = ObjectiveOptions(contrastive_weight=2.0, caption_weight=3.0)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_both_losses_are_those_of_the_plain_model(batch: PairBatch, smoothing: float) -> None:
+    options = ObjectiveOptions(contrastive_weight=2.0, caption_weight=3.0, label_smoothing=smoothing)
     passes = two_pass(options)
     with torch.no_grad():
         losses = weighed(passes(batch), batch.keys, count_tokens(batch.counted), "focal", options)
@@ -53,7 +55,9 @@ def test_both_losses_are_those_of_the_plain_model(batch: PairBatch) -> None:
     costs = []  # float64, token by token
     for row, position in np.argwhere(batch.counted.numpy()):
         line = vocabulary[row, position]
-        costs.append(math.log(np.exp(line - line.max()).sum()) + line.max() - line[batch.targets[row, position]])
+        whole = math.log(np.exp(line - line.max()).sum()) + line.max()
+        # Smoothed: a share of the target is spread evenly over all words.
+        costs.append(whole - (1 - smoothing) * line[batch.targets[row, position]] - smoothing * line.mean())
     assert float(losses.caption) == pytest.approx(float(np.mean(costs)), rel=1e-5)
     assert float(losses.total) == pytest.approx(2 * float(losses.contrastive) + 3 * float(losses.caption), rel=1e-6)
 
@@ -102,7 +106,7 @@ def test_learned_weights_settle_where_theory_says() -> None:
 
 def test_recomputed_logits_give_the_same_gradient(batch: PairBatch) -> None:
     kept, again = two_pass(ObjectiveOptions()), two_pass(ObjectiveOptions())
-    kept.recompute_logits = False
+    again.most_logits = 5 * 64  # five tokens at a time
     for passes in (kept, again):
         out = passes(batch).caption_sum
         assert out is not None
@@ -111,6 +115,35 @@ def test_recomputed_logits_give_the_same_gradient(batch: PairBatch) -> None:
     a, b = (p.model.text.get_parameter(weight).grad for p in (kept, again))
     assert a is not None and b is not None
     torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("long_rows", [0, 1, 3, 4])
+def test_short_and_long_rows_apart_are_the_same(long_rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([4, 3, 5, 4])
+    lengths[:long_rows] = 12
+    ids = torch.randint(3, 60, (4, 13), generator=generator)
+    ids = torch.where(torch.arange(13) < lengths[:, None], ids, 0)
+    counted = torch.arange(1, 13) < lengths[:, None]
+    counted[:, 0] = False  # a prompt
+    pixels = torch.randn(4, 3, 32, 32, generator=generator)
+    keys = torch.arange(4)
+    given = PairBatch(
+        pixels, ids[:3], keys, ids[:, :-1], ids[:, 1:], counted, text_keys=torch.tensor([0, 1, 2, ABSENT])
+    )
+    given = dataclasses.replace(given, keys=torch.tensor([0, 1, 2, ABSENT]))
+    options, found, widths = ObjectiveOptions(), {}, {}
+    for apart in (False, True):
+        passes = two_pass(options)
+        passes.sort_lengths, widths[apart] = apart, []
+        passes.model.text.final_norm.register_forward_hook(lambda *a, to=widths[apart]: to.append(a[2].shape[-2]))
+        losses = weighed(passes(given), given.keys, count_tokens(counted), "focal", options, given.text_keys)
+        losses.total.backward()
+        found[apart] = [losses.contrastive, losses.caption, passes.model.text.positions.grad]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-6)
+    assert widths[False] == [13, 12]
+    if 0 < long_rows < 3:
+        assert sorted(widths[True]) == [6, 6, 12, 13]  # control: they do go apart
 
 
 def test_another_picture_size_than_the_models(batch: PairBatch) -> None:

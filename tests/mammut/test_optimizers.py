@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from mammut.model import Mammut
-from mammut.optimizers import (
+from mammut.presets import tiny
+from mammut.training.optimizers import (
     OptimizerOptions,
     freeze,
     layer_share,
-    make_adamw,
+    make_optimizers,
     parameter_groups,
     schedule,
     set_learning_rate,
 )
-from mammut.presets import tiny
 from mammut_runtime.errors import InputError
 
 
@@ -65,21 +65,21 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay() -> No
 
 def test_rates_are_set_by_share() -> None:
     model = Mammut(tiny())
-    optimizer = make_adamw(model, model.config, OptimizerOptions(layer_decay=0.5))
-    set_learning_rate(optimizer, 1e-3)
-    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([1.25e-4, 2.5e-4, 5e-4, 1e-3])
+    optimizers = make_optimizers(model, model.config, OptimizerOptions(layer_decay=0.5))
+    set_learning_rate(optimizers, 1e-3)
+    assert sorted({group["lr"] for group in optimizers[0].param_groups}) == pytest.approx([1.25e-4, 2.5e-4, 5e-4, 1e-3])
 
 
 def test_frozen_parameters_stay_and_others_move() -> None:
     model = Mammut(tiny())
     frozen = freeze(model, ("vision.*",))
     assert frozen and all(name.startswith("vision.") for name in frozen)
-    optimizer = make_adamw(model, model.config, OptimizerOptions())
-    set_learning_rate(optimizer, 1e-2)
+    optimizers = make_optimizers(model, model.config, OptimizerOptions())
+    set_learning_rate(optimizers, 1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     _, images = model.encode_image(torch.randn(2, 3, 32, 32))
     (images.sum() + model.encode_text(torch.ones(2, 5, dtype=torch.int64)).square().sum()).backward()
-    optimizer.step()
+    optimizers[0].step()
     for name, parameter in model.named_parameters():
         if name.startswith("vision."):
             assert torch.equal(parameter, before[name])

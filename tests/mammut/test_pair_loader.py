@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
-from mammut.data import Pair
-from mammut.pair_loader import ExampleMaker, LoaderState, Reading, open_loader, picture
-from mammut.shards import Raw, expand
+from mammut.data.augment import AugmentOptions
+from mammut.data.pair_loader import ExampleMaker, LoaderState, Reading, open_loader, picture
+from mammut.data.pairs import Pair
+from mammut.data.shards import Raw, expand
+from mammut.training.contrast import ABSENT, text_key
+from mammut.training.run_config import Source
 from mammut_runtime.errors import InputError
 from mammut_runtime.preprocess import PreprocessRule
 
@@ -22,7 +31,18 @@ def reading(small_run: Any) -> Reading:
     config = small_run.config
     tokenizer = (small_run.folder / "tokenizer.json").read_bytes()
     return Reading(
-        expand(config.data.sources), tokenizer, config.preprocess, config.prompts, 24, True, config.data, 4, 32, 0, 0, 1
+        (expand(config.data.sources[0].files),),
+        tokenizer,
+        config.preprocess,
+        config.prompts,
+        24,
+        True,
+        config.data,
+        4,
+        32,
+        0,
+        0,
+        1,
     )
 
 
@@ -31,7 +51,7 @@ def with_options(reading: Reading, **changes: Any) -> Reading:
 
 
 def test_captions_count_from_their_first_token_to_the_end_token(reading: Reading) -> None:
-    batch = next(open_loader(reading, LoaderState.beginning(1)))
+    batch = next(open_loader(reading, LoaderState.beginning(reading.options)))
     maker = ExampleMaker(reading)
     assert batch.pixels.shape == (4, 3, 32, 32) and batch.pixels.dtype == torch.uint8
     for ids, targets, counted, text in zip(batch.ids, batch.targets, batch.counted, batch.text_ids, strict=True):
@@ -43,19 +63,19 @@ def test_captions_count_from_their_first_token_to_the_end_token(reading: Reading
 
 
 def test_a_question_is_the_prefix_and_only_the_answer_counts(reading: Reading) -> None:
-    maker = ExampleMaker(with_options(reading, task="ask"))
+    maker = ExampleMaker(with_options(reading, question_share=1.0))
     ids, given = maker.answer("which colour?", "red")
     shown = maker.tokenizer.decode(ids[1:given])
     assert "which" in shown and shown.rstrip().endswith("answer :")
     assert maker.tokenizer.decode(ids[given:-1]).strip() == "red" and ids[-1] == maker.tokenizer.end_id
-    batch = next(open_loader(with_options(reading, task="ask"), LoaderState.beginning(1)))
+    batch = next(open_loader(with_options(reading, question_share=1.0), LoaderState.beginning(reading.options)))
     pairs = zip(batch.targets, batch.counted, strict=True)
     answers = {maker.tokenizer.decode(targets[counted].tolist()[:-1]).strip() for targets, counted in pairs}
     assert answers <= {"red", "green", "blue", "grey"}
 
 
 def test_a_question_that_is_too_long_leaves_room_for_the_answer(reading: Reading) -> None:
-    maker = ExampleMaker(with_options(reading, task="ask"))
+    maker = ExampleMaker(with_options(reading, question_share=1.0))
     ids, given = maker.answer("which colour? " * 30, "grey")
     assert len(ids) == 24 and maker.tokenizer.decode(ids[given:-1]).strip() == "grey"
     assert maker.tokenizer.decode(ids[:given]).rstrip().endswith("answer :")
@@ -64,10 +84,10 @@ def test_a_question_that_is_too_long_leaves_room_for_the_answer(reading: Reading
 def test_padding_goes_no_further_than_needed(reading: Reading) -> None:
     """To a few lengths only; texts are padded whole where the dialect sees padding, as openMaMMUT's does."""
     long = dataclasses.replace(reading, context_length=77)
-    batch = next(open_loader(long, LoaderState.beginning(1)))
+    batch = next(open_loader(long, LoaderState.beginning(reading.options)))
     assert batch.ids.shape[1] in (16, 32) and batch.text_ids.shape[1] in (16, 32)
     assert int(batch.counted.sum(dim=1).max()) + 1 <= batch.ids.shape[1]
-    whole = next(open_loader(dataclasses.replace(long, trim_texts=False), LoaderState.beginning(1)))
+    whole = next(open_loader(dataclasses.replace(long, trim_texts=False), LoaderState.beginning(reading.options)))
     assert whole.text_ids.shape[1] == 77
     assert torch.equal(whole.text_ids[:, : batch.text_ids.shape[1]], batch.text_ids)  # control: the same otherwise
 
@@ -75,9 +95,9 @@ def test_padding_goes_no_further_than_needed(reading: Reading) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_going_on_gives_the_batches_that_would_have_come(reading: Reading, workers: int) -> None:
     own = with_options(reading, workers=workers)
-    whole = list(itertools.islice(open_loader(own, LoaderState.beginning(own.workers)), 14))
+    whole = list(itertools.islice(open_loader(own, LoaderState.beginning(own.options)), 14))
     for stop in (1, 4, 13):
-        state = LoaderState.beginning(own.workers)
+        state = LoaderState.beginning(own.options)
         for batch in whole[:stop]:
             state = state.after(batch)
         rest = list(itertools.islice(open_loader(own, state), 14 - stop))
@@ -88,7 +108,7 @@ def test_going_on_gives_the_batches_that_would_have_come(reading: Reading, worke
 def test_processes_read_different_samples(reading: Reading) -> None:
     def seen(rank: int) -> set[int]:
         own = dataclasses.replace(reading, rank=rank, ranks=2)
-        batches = itertools.islice(open_loader(own, LoaderState.beginning(1)), 6)  # an epoch of its half
+        batches = itertools.islice(open_loader(own, LoaderState.beginning(reading.options)), 6)  # an epoch of its half
         return {key for batch in batches for key in batch.keys.tolist()}
 
     assert len(seen(0)) == len(seen(1)) == 24 and not seen(0) & seen(1)
@@ -96,7 +116,7 @@ def test_processes_read_different_samples(reading: Reading) -> None:
 
 def test_another_number_of_workers_is_refused(reading: Reading) -> None:
     with pytest.raises(InputError, match="resume with as many"):
-        open_loader(with_options(reading, workers=2), LoaderState.beginning(3))
+        open_loader(with_options(reading, workers=2), LoaderState.beginning(with_options(reading, workers=3).options))
 
 
 def test_crops_are_of_the_resized_picture(reading: Reading, coloured_samples: Any) -> None:
@@ -118,19 +138,99 @@ def test_crops_are_of_the_resized_picture(reading: Reading, coloured_samples: An
     [
         ({}, "expected a caption"),
         ({"captions": 5}, "expected a list"),
+        ({"question": "x", "answer": "y"}, "no caption"),
         ({"caption": 5}, "to be texts"),
         ({"question": "x"}, "need"),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(reading: Reading, row: dict[str, Any], message: str) -> None:
-    from mammut.pair_loader import _Growing
+    from mammut.data.pair_loader import _Growing
 
     with pytest.raises(InputError, match=message):
         ExampleMaker(reading).add(_Growing(), Raw("a", b"", row, ""), np.random.default_rng(0))
 
 
+def test_questions_and_captions_mixed_and_equal_texts_once(
+    reading: Reading, tmp_path: Path, write_tar: Any, coloured_samples: Any
+) -> None:
+    samples = coloured_samples(16)
+    for index, sample in enumerate(samples):
+        row = {"questions": [["which colour?", sample["json"]["answer"]]]}
+        if index % 4:  # the fourth has no caption, so nothing to be matched with
+            row |= {"captions": ["a thing"], "matches": [sample["json"]["answer"], "such a thing"]}
+        sample["json"] = row
+    write_tar(tmp_path / "a.tar", samples)
+    own = dataclasses.replace(with_options(reading, question_share=0.5), sources=((str(tmp_path / "a.tar"),),),
+                              batch_size=16)  # fmt: skip
+    batch, maker = next(open_loader(own, LoaderState.beginning(own.options))), ExampleMaker(own)
+    absent = batch.keys == ABSENT
+    assert int(absent.sum()) == 4 and int((batch.text_keys == ABSENT).sum()) == 16 - len(batch.text_ids)
+    assert len(batch.text_ids) == 3  # green, blue, grey: each once, for four pictures each
+    assert set(batch.keys[~absent].tolist()) == set(batch.text_keys[:3].tolist())
+    rows = zip(batch.targets, batch.counted, strict=True)
+    written = [maker.tokenizer.decode(targets[counted].tolist()[:-1]).strip() for targets, counted in rows]
+    captions = [text == "a thing" for text in written]
+    assert 0 < sum(captions) < 12 and not any(c for c, none in zip(captions, absent.tolist(), strict=True) if none)
+
+
+def test_each_kind_is_augmented_its_own_way(small_run: Any, tmp_path: Path, write_tar: Any) -> None:
+    """Drawings get a background, which depends on where the sample stands only."""
+    clear = np.zeros((20, 20, 4), np.uint8)
+    row = {"caption": "nothing"}
+    write_tar(tmp_path / "d.tar", [{"key": f"{i}", "png": cv2.imencode(".png", clear)[1].tobytes(), "json": row}
+                                   for i in range(8)])  # fmt: skip
+    files = (*small_run.config.data.sources, Source((str(tmp_path / "d.tar"),), "drawing", 1.0))
+    options = dataclasses.replace(small_run.config.data, sources=files, augment=AugmentOptions(), margin=1.5)
+    config = dataclasses.replace(small_run.config, data=options)
+    own = Reading(
+        tuple(expand(source.files) for source in files), (small_run.folder / "tokenizer.json").read_bytes(),
+        config.preprocess, config.prompts, 24, True, options, 16, 32, 0, 0, 1,
+    )  # fmt: skip
+    first, again = (next(open_loader(own, LoaderState.beginning(options))) for _ in range(2))
+    assert first.pixels.shape == (16, 3, 32, 32) and torch.equal(first.pixels, again.pixels)
+    drawings = first.pixels[first.keys == text_key("nothing")].float()
+    assert 3 <= len(drawings) <= 13 and float(drawings.mean(dim=(1, 2, 3)).std()) > 5  # not all black
+
+
 def test_pixels_are_normalised_on_the_device(reading: Reading) -> None:
-    batch = next(open_loader(reading, LoaderState.beginning(1)))
+    batch = next(open_loader(reading, LoaderState.beginning(reading.options)))
     on = batch.on(torch.device("cpu"), reading.rule)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (reading.rule.mean, reading.rule.std))
     assert torch.allclose((on.pixels * std + mean) * 255, batch.pixels.float(), atol=1e-3)
+
+
+_POOL = (
+    "import cv2, numpy as np; cv2.setNumThreads(4); cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 5)"
+)
+_THROUGH_US = f"""
+{_POOL}
+import os
+from mammut.data.pair_loader import _without_opencv_threads
+with _without_opencv_threads():
+    child = os.fork()
+if child == 0:
+    cv2.GaussianBlur(np.zeros((500, 500, 3), np.uint8), (31, 31), 5)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7 and cv2.getNumThreads() == 4
+"""
+_PLAIN = f"""
+{_POOL}
+import os
+child = os.fork()
+if child == 0:
+    cv2.setNumThreads(1)
+    os._exit(7)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_loading_processes_do_not_wait_for_threads_that_are_not_there() -> None:
+    """The control is what the loading processes did before: it hangs where OpenCV has a thread pool of its own."""
+    subprocess.run([sys.executable, "-c", _THROUGH_US], check=True, timeout=60)
+    with subprocess.Popen([sys.executable, "-c", _PLAIN], start_new_session=True) as plain:
+        try:
+            plain.wait(timeout=4)
+            pytest.skip("this build of OpenCV does not hang after a fork, so there is no control")
+        except subprocess.TimeoutExpired:
+            os.killpg(plain.pid, signal.SIGKILL)

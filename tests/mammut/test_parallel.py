@@ -14,12 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.tensor import DTensor
 
-from mammut.accumulate import backward_of_step
 from mammut.config import MammutConfig
 from mammut.model import Mammut
-from mammut.objective import ObjectiveOptions, PairBatch, TwoPass
-from mammut.parallel import ParallelOptions, Place, Prepared, check_compiler, clip_gradients
 from mammut.presets import tiny
+from mammut.training.accumulate import backward_of_step
+from mammut.training.objective import ObjectiveOptions, PairBatch, TwoPass
+from mammut.training.parallel import ParallelOptions, Place, Prepared, check_compiler, clip_gradients
 from mammut_runtime.errors import InputError
 
 OPTIONS = ObjectiveOptions(weighting="learned")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mammut.position_crops import crop_positions, draw_kept, draw_regions, training_positions
+from mammut.training.position_crops import crop_positions, draw_kept, draw_regions, training_positions
 
 
 @settings(max_examples=20, deadline=None)

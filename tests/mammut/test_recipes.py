@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from mammut import openmammut
 from mammut.checkpoint import load_checkpoint
-from mammut.loop import train
 from mammut.model import Mammut
-from mammut.parallel import Place
-from mammut.recipes import Recipe, finetune, model_preset, pretrain
-from mammut.run_config import RunConfig, changed
-from mammut.run_log import read_log
+from mammut.training.loop import train
+from mammut.training.parallel import Place
+from mammut.training.recipes import Recipe, finetune, model_preset, pretrain
+from mammut.training.run_config import RunConfig, changed
+from mammut.training.run_log import read_log
 from mammut_runtime.errors import InputError
 from mammut_runtime.strict import to_dict
 
@@ -73,7 +73,7 @@ def small(config: RunConfig, *changes: str) -> RunConfig:
 def test_every_recipe_from_either_start(
     starts: dict[str, Path], small_run: Any, tmp_path: Path, start: str, recipe: Recipe, lora: bool
 ) -> None:
-    config = small(finetune(recipe, str(starts[start]), small_run.config.data.sources, lora=lora))
+    config = small(finetune(recipe, str(starts[start]), small_run.config.data.sources[0].files, lora=lora))
     folder = train(config, tmp_path / "out", ALONE)
     rows = read_log(tmp_path / "out")
     name = "loss_contrastive" if recipe == "retrieval" else "loss_caption"
@@ -89,7 +89,7 @@ def test_every_recipe_from_either_start(
 
 
 def test_freezing_layer_rates_and_another_picture_size(starts: dict[str, Path], small_run: Any, tmp_path: Path) -> None:
-    config = finetune("caption", str(starts["openmammut"]), small_run.config.data.sources, image_size=48)
+    config = finetune("caption", str(starts["openmammut"]), small_run.config.data.sources[0].files, image_size=48)
     config = small(config, 'optimizer.freeze=["vision.*"]', "optimizer.layer_decay=0.5")
     assert config.model.vision.grid == 6 and config.stages[0].image_size == 48
     after = load_checkpoint(train(config, tmp_path / "out", ALONE)).model
@@ -99,7 +99,7 @@ def test_freezing_layer_rates_and_another_picture_size(starts: dict[str, Path], 
 
 
 def test_an_adapted_run_is_resumed_with_its_products(starts: dict[str, Path], small_run: Any, tmp_path: Path) -> None:
-    config = small(finetune("caption", str(starts["ours"]), small_run.config.data.sources, lora=True))
+    config = small(finetune("caption", str(starts["ours"]), small_run.config.data.sources[0].files, lora=True))
     config = dataclasses.replace(config, save=dataclasses.replace(config.save, every_steps=6))
     whole = load_checkpoint(train(config, tmp_path / "out", ALONE)).model
     last = tmp_path / "out" / "step-00000012"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mammut.run_config import RunConfig, changed, differences, mismatch
+from mammut.training.run_config import RunConfig, changed, differences, mismatch
 from mammut_runtime.errors import InputError
 from mammut_runtime.strict import to_dict, to_json
 
@@ -40,7 +40,7 @@ def test_a_typo_is_refused_by_name(small_run: Any, section: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.margn=2", "no such key 'margn'; expected one of sources, task"),
+        ("data.margn=2", "no such key 'margn'; expected one of sources, question_share"),
         ("stages.3.steps=2", "no such key 3; expected one of 0"),
         ("optimizer", "expected KEY=VALUE"),
         ("seed.x=1", "no such key 'x'"),
@@ -56,9 +56,12 @@ def test_changes_name_what_they_cannot_find(small_run: Any, change: str, message
     [
         (["stages=[]"], "stages: expected at least one"),
         (["stages.0.image_size=8"], "smaller than a patch"),
-        (['data.task="ask"'], "questions are not matched"),
+        (["data.question_share=1"], "questions are not matched"),
+        (["data.sources=[]"], "sources: expected at least one"),
+        (['stages.0.schedule="continued"'], "no stage before it"),
+        (["optimizer.muon=20", 'parallel.strategy="fsdp"'], "needs whole matrices"),
         (["objective.contrastive_weight=0", "objective.caption_weight=0"], "both 0"),
-        (['prompts={"caption": "", "ask": "hello"}'], "expected \"caption\", and \"ask\""),
+        (['prompts={"caption": "", "ask": "hello"}'], 'expected "caption", and "ask"'),
         (['tokenizer=""'], "expected a tokenizer.json"),
         (["optimizer.beta1=1.5"], "expected a number from"),
         (['parallel.strategy="deepspeed"'], "expected one of 'ddp', 'fsdp'"),
@@ -81,7 +84,16 @@ def test_stages_follow_one_another(small_run: Any) -> None:
     stages = (config.stages[0], config.stages[0])
     both = RunConfig.from_dict({**to_dict(config), "stages": [to_dict(stage) for stage in stages]}, "config")
     assert both.steps == 12
-    assert [both.stage_at(step)[::2] for step in (0, 5, 6, 11)] == [(0, 0), (0, 5), (1, 0), (1, 5)]
+    assert [both.stage_at(step)[0] for step in (0, 5, 6, 11)] == [0, 0, 1, 1]
+
+
+def test_a_stage_may_continue_the_curve_of_the_one_before(small_run: Any) -> None:
+    one = small_run.with_("stages.0.steps=12")
+    plain = to_dict(small_run.with_().stages[0])
+    stages = [plain, {**plain, "schedule": "continued", "learning_rate": 0.5}, {**plain, "learning_rate": 1e-4}]
+    both = RunConfig.from_dict({**to_dict(one), "stages": stages}, "config")
+    assert [both.rate_at(step) for step in range(12)] == [one.rate_at(step) for step in range(12)]
+    assert [both.rate_at(step) for step in (12, 13)] == pytest.approx([5e-5, 1e-4])  # its own warm-up again
 
 
 def test_only_saving_and_logging_may_differ_in_a_resumed_run(small_run: Any) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mammut.run_log import LOG_FILE, RunLog, read_log
+from mammut.training.parallel import Place
+from mammut.training.run_log import LOG_FILE, RunLog, read_log
 from mammut_runtime.errors import InputError
 
 
@@ -46,6 +48,25 @@ def test_tensorboard_gets_every_number(tmp_path: Path, monkeypatch: pytest.Monke
     with RunLog(tmp_path, 2, 9, True) as log:
         log.row({"step": 3, "loss": 0.5, "note": "text"})
     assert written == [(str(tmp_path / "tensorboard"), 3), ("loss", 0.5, 3), ("closed",)]
+
+
+def test_tensorboard_reads_what_a_run_writes(small_run: Any, tmp_path: Path) -> None:
+    """The real writer and the real reader, over a run and its resumption."""
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from mammut.training.loop import train
+
+    alone, out = Place(0, 1, torch.device("cpu")), tmp_path / "out"
+    train(small_run.with_("save.tensorboard=true"), out, alone)
+    for path in (out / "step-00000006").iterdir():
+        path.unlink()
+    train(small_run.with_("save.tensorboard=true"), out, alone, resume=True)  # steps 4 to 6 once more
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert {"loss", "loss_caption", "gradient_norm", "learning_rate", "pictures_per_s"} <= set(board.Tags()["scalars"])
+    shown = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert shown == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in read_log(out)]
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
 
 
 def test_tensorboard_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

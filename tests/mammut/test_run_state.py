@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from mammut.loop import Run, train
-from mammut.parallel import Place
-from mammut.run_state import RUN_FILE, code_version, read_info, save_state, saved_steps
+from mammut.training.loop import Run, train
+from mammut.training.parallel import Place
+from mammut.training.run_state import RUN_FILE, code_version, read_info, save_state, saved_steps
 from mammut_runtime.errors import CheckpointError, MammutError
 
 ALONE = Place(0, 1, torch.device("cpu"))
@@ -53,7 +53,7 @@ def test_no_space_at_any_file_is_the_same(small_run: Any, tmp_path: Path) -> Non
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with pytest.raises(MammutError, match=r"No space left on device.*there is none before it"):
-        save_state(tmp_path / "out", run.info, run.prepared.run, run.optimizer, b"{}", ALONE, write=full)
+        save_state(tmp_path / "out", run.info, run.learner, b"{}", ALONE, write=full)
     assert saved_steps(tmp_path / "out") == []
 
 

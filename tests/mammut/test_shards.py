@@ -6,12 +6,13 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mammut.shards import Drawn, Part, Position, deal, expand, file_sizes, stream
+from mammut.data.shards import Drawn, Mixed, Part, Position, Standing, deal, expand, file_sizes, mixed, stream
 from mammut_runtime.errors import InputError
 
 
@@ -51,16 +52,18 @@ def test_going_on_from_any_position_is_as_if_never_stopped(parts: list[Part]) ->
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.booleans())
 def test_every_shard_goes_to_exactly_one_worker(number: int, ranks: int, workers: int, lines: bool) -> None:
     paths = [f"{i}.tar" for i in range(number)] + (["rows.jsonl"] if lines else [])
-    if number + (ranks * workers if lines else 0) < ranks * workers:
-        with pytest.raises(InputError, match="cannot be split over"):
-            deal(paths, 0, ranks, 0, workers)
-        return
     places = itertools.product(range(ranks), range(workers))
-    dealt = [part for rank, worker in places for part in deal(paths, rank, ranks, worker, workers)]
+    each = [deal(paths, rank, ranks, worker, workers) for rank, worker in places]
+    assert all(each)
+    dealt = [part for parts in each for part in parts]
     assert len(dealt) == len(set(dealt))
-    assert {part.path for part in dealt} == set(paths)
-    rows = [part.part for part in dealt if part.path == "rows.jsonl"]
-    assert sorted(rows) == (list(range(ranks * workers)) if lines else [])
+    for path in paths:  # whole, or every part of it once
+        pieces = [part for part in dealt if part.path == path]
+        assert sorted(part.part for part in pieces) == list(range(pieces[0].parts))
+    rows = [part for part in dealt if part.path == "rows.jsonl"]
+    assert len(rows) == (ranks * workers if lines else 0)
+    if number >= ranks * workers:
+        assert all(part.parts == 1 for part in dealt if part.path != "rows.jsonl")
 
 
 def test_webdatasets_own_split_is_the_same() -> None:
@@ -82,6 +85,36 @@ def test_a_list_of_pictures_is_cut_into_rows(small_run: object, tmp_path: Path) 
     assert numbers == [["1", "3", "5"], ["2", "4"]]
     assert [bool(d.sample and d.sample.problem) for d in both[1]] == [False, True]  # 3.png is missing
     assert both[0][0].sample and both[0][0].sample.data == b"picture"
+    shuffled = names(take([Part(path)], 10, shuffle=2))
+    assert len(set(shuffled[:5])) == 5 and shuffled[:5] != sorted(shuffled[:5])
+
+
+def test_one_tar_for_several_workers_is_cut(parts: list[Part]) -> None:
+    own = [deal([parts[0].path], 0, 1, worker, 3) for worker in range(3)]
+    seen = [set(names(take(each, 4))) for each in own]
+    assert [len(each) for each in seen] == [4, 4, 4] and len(set.union(*seen)) == 12
+
+
+def test_sources_are_mixed_by_weight_and_resumed_anywhere(parts: list[Part]) -> None:
+    def draw(number: int, start: Standing) -> list[Mixed]:
+        return list(itertools.islice(mixed([parts[:2], parts[2:]], [3.0, 1.0], start, 7, 5), number))
+
+    begin = Standing((Position(), Position()))
+    whole = draw(400, begin)
+    share = sum(each.source == 0 for each in whole) / 400
+    assert 0.68 < share < 0.82
+    for stop in (1, 37, 399):
+        assert draw(400 - stop, whole[stop - 1].after) == whole[stop:]
+
+
+def test_frequent_rows_can_be_made_rarer(tmp_path: Path, write_tar: Any, coloured_samples: Any) -> None:
+    samples = coloured_samples(12)
+    for sample in samples[:6]:
+        sample["json"]["share"] = 0.25
+    write_tar(tmp_path / "a.tar", samples)
+    drawn = names(take([Part(str(tmp_path / "a.tar"))], 600))
+    rare = sum(int(name.split()[-1]) < 6 for name in drawn) / 600
+    assert 0.14 < rare < 0.26  # 0.2 expected, 0.5 without
 
 
 def cut(path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mammut.transformer import CrossBlock, SelfBlock, merge_heads, split_heads
+from mammut.transformer import CrossBlock, SelfBlock, attention, merge_heads, split_heads
 
 
 def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
@@ -36,6 +36,14 @@ def test_self_block_equals_the_formula() -> None:
     h = block.mlp.up(block.norm_2(expected))
     expected = expected + block.mlp.down(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))))
     torch.testing.assert_close(block(x), expected)
+
+
+def test_the_plain_formula_is_the_kernel() -> None:
+    q, k, v = (torch.randn(2, 3, length, 4, dtype=torch.float64) for length in (5, 7, 7))
+    mask = torch.zeros(5, 7, dtype=torch.float64).masked_fill(torch.ones(5, 7).triu(3) > 0, -math.inf)
+    for given in (None, mask):
+        torch.testing.assert_close(attention(q, k, v, given, plain=True), attention(q, k, v, given))
+    assert not torch.allclose(attention(q, k, v, mask), attention(q, k, v))  # control
 
 
 def test_quick_gelu_is_another_function() -> None:

@@ -6,7 +6,9 @@ its logits: they depend on every token, its position, and the picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ from mammut_runtime.preprocess import PreprocessRule
 from mammut_runtime.tokenizer import END, START, WORD_END, byte_alphabet, pack_tokenizer
 
 Arrays = dict[str, NDArray[Any]]
+TINY = Path(__file__).parents[1] / "data" / "tiny-bundle"
+TARGETS = ("onnxruntime", "openvino")
+"""Engines that run on any processor."""
 LAYERS, HEADS, WIDTH, TOKENS = 2, 2, 4, 3
 
 
@@ -222,3 +227,29 @@ def toy_bundle(tmp_path: Path) -> ToyBundle:
 def make_bundle() -> type[ToyBundle]:
     """The class: `make_bundle(folder, similarity="sigmoid")`."""
     return ToyBundle
+
+
+# ---- a bundle made by the real exporter ----
+
+
+@pytest.fixture(scope="session")
+def bundle_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny bundle for a target. In float32 the graphs are the same for all; skips where the engine is missing."""
+
+    def make(target: str) -> Path:
+        pytest.importorskip(target)
+        bundle = Bundle.open(TINY)
+        if bundle.manifest.target == target:
+            return TINY
+        folder = tmp_path_factory.mktemp("bundles") / target
+        shutil.copytree(TINY, folder)
+        write_manifest(folder, dataclasses.replace(bundle.manifest, target=target))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session", params=TARGETS)
+def tiny_bundle(request: pytest.FixtureRequest, bundle_for: Callable[[str], Path]) -> Path:
+    """The tiny bundle, once for every target."""
+    return bundle_for(request.param)

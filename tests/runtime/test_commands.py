@@ -165,6 +165,29 @@ def test_annotated_copies_are_written_and_never_collide(run: Run, folder: Path, 
     assert (drawn[5:220:11, 5::11] == original).all()
 
 
+def test_annotated_copies_that_cannot_be_written(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that cannot be made is noticed before any picture is looked at, a full disk when it is full."""
+    (folder / "file").touch()
+    done = run("caption", folder / "b.png", "--annotate", folder / "file" / "inner")
+    assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1
+    assert "error: --annotate: " in done.err and "cannot be written (Not a directory); give another" in done.err
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(commands_inputs, "write_picture", full)
+    done = run("caption", folder / "b.png", "--annotate", folder / "out")
+    assert done.code == 2 and "b.png cannot be written (No space left on device)" in done.err
+
+
+def test_a_picture_that_is_too_large_says_what_to_do(run: Run, folder: Path) -> None:
+    header = bytearray((folder / "b.png").read_bytes())
+    header[16:24] = (20_000).to_bytes(4, "big") + (10_000).to_bytes(4, "big")
+    (folder / "large.png").write_bytes(header)
+    done = run("caption", folder / "large.png")
+    assert done.code == 2 and "; shrink it first (in Python, read_picture takes a larger max_pixels)" in done.err
+
+
 # ---- ask and match ----
 
 
@@ -218,7 +241,8 @@ def test_match_texts_classes_and_negatives(run: Run, folder: Path, tmp_path: Pat
         (["--texts", "a", "--classes", "b"], "either --texts"),
         (["--texts", "a", "--templates", "{}"], "--templates are for --classes"),
         (["--classes", "a", "--templates", "no braces"], "must hold {} once"),
-        (["--texts", "@nowhere.txt"], "nowhere.txt"),
+        (["--texts", "@nowhere.txt"], "--texts @nowhere.txt: cannot be read (No such file or directory); give a text"),
+        (["--texts", "@."], "--texts @.: cannot be read (Is a directory)"),
     ],
 )
 def test_match_refuses(run: Run, folder: Path, options: list[str], message: str) -> None:
@@ -299,6 +323,15 @@ def test_a_list_on_stdin(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     done = run("caption", "-")
     assert done.code == 0 and len(done.out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("given", ["", "\n\r\n"])
+def test_an_empty_list_on_stdin_is_an_error(run: Run, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever made the list has failed. The control is the list in the test above."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    done = run("caption", "-")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "error: -: no pictures in the list on standard input; expected their paths, one a line\n"
 
 
 def test_folders_are_searched_without_what_is_hidden(folder: Path, tmp_path: Path) -> None:

@@ -50,8 +50,13 @@ def test_a_library_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatc
 
 def test_a_missing_engine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    one = doctor.EngineReport("openvino", "1", ("CPU",), None)
+    monkeypatch.setattr(doctor, "_openvino", lambda: one)
     report = doctor.examine()
-    assert report.exit_code == 2 and "pip install" in (report.engines[0].problem or "")
+    assert report.exit_code == 0 and "pip install" in (report.engines[0].problem or "")
+    none = doctor.EngineReport("openvino", None, (), "does not load")
+    monkeypatch.setattr(doctor, "_openvino", lambda: none)
+    assert doctor.examine().exit_code == 2
 
 
 def test_bundles_are_good_different_or_damaged(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,12 +80,36 @@ def test_sizes_may_be_anything_also_nothing(graph: Path) -> None:
     "options",
     [
         EngineOptions(threads=2, spinning=True),
+        EngineOptions(threads=2, spin_us=0),
         EngineOptions(threads=1, memory_arena=True),
         EngineOptions(threads=1, prepack=False),
     ],
 )
 def test_options_change_nothing_in_the_numbers(graph: Path, options: EngineOptions) -> None:
     np.testing.assert_array_equal(open_engine(graph, "onnxruntime", options).run(feeds())["last"], [3, 7])
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "spins", "duration"),
+    [
+        ("1.32.0", EngineOptions(), "1", "50"),
+        ("1.32.0", EngineOptions(spin_us=7), "1", "7"),
+        ("1.32.0", EngineOptions(spin_us=0), "0", None),
+        ("1.32.0", EngineOptions(spinning=True), "1", None),
+        ("1.25.1", EngineOptions(), "0", None),  # it would spin for long
+    ],
+)
+def test_how_long_threads_spin(
+    version: str, options: EngineOptions, spins: str, duration: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    settings = module._session_options(module.library(), options)
+    assert settings.get_session_config_entry("session.intra_op.allow_spinning") == spins
+    if duration is not None:
+        assert settings.get_session_config_entry("session.intra_op.spin_duration_us") == duration
+    else:
+        with pytest.raises(RuntimeError):
+            settings.get_session_config_entry("session.intra_op.spin_duration_us")
 
 
 @pytest.mark.parametrize(
@@ -129,22 +153,22 @@ def test_damaged_and_missing_graphs(tmp_path: Path) -> None:
 
 def test_other_targets() -> None:
     message = (
-        "for 'tensorrt', this runtime has engines for 'onnxruntime' and 'openvino'; export .* --target onnxruntime"
+        "for 'coreml', this runtime has engines for 'onnxruntime', 'openvino', 'tensorrt'; export .* --target onnx"
     )
     with pytest.raises(EngineError, match=message):
-        open_engine(Path("any.onnx"), "tensorrt")
+        open_engine(Path("any.onnx"), "coreml")
 
 
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ("onnxruntime", {"device": "GPU"}, "device is an option of openvino, and this bundle is for onnxruntime"),
-        ("onnxruntime", {"device_precision": True}, "device_precision is an option of openvino"),
-        ("onnxruntime", {"compile_cache": Path("cache")}, "compile_cache is an option of openvino"),
-        ("openvino", {"spinning": True}, "spinning is an option of onnxruntime, and this bundle is for openvino"),
-        ("openvino", {"prepack": False}, "prepack is an option of onnxruntime"),
-        ("openvino", {"allow_fallback": True}, "allow_fallback is an option of onnxruntime"),
-        ("openvino", {"providers": ("CUDAExecutionProvider",)}, "providers is an option of onnxruntime"),
+        ("onnxruntime", {"device": "GPU"}, r"device \(--device\) is an option of openvino, and .* runs on onnxr"),
+        ("onnxruntime", {"device_precision": True}, r"\(--device-precision\) is an option of openvino"),
+        ("onnxruntime", {"compile_cache": Path("cache")}, r"\(--compile-cache\) is an option of openvino"),
+        ("openvino", {"spinning": True}, r"spinning \(--spinning\) is an option of onnxruntime, and .* runs on openv"),
+        ("openvino", {"prepack": False}, r"prepack \(--low-memory\) is an option of onnxruntime"),
+        ("openvino", {"allow_fallback": True}, r"allow_fallback \(--allow-fallback\) is an option of onnxruntime"),
+        ("openvino", {"providers": ("CUDAExecutionProvider",)}, r"\(--provider\) is an option of onnxruntime"),
     ],
 )
 def test_options_of_another_engine_are_refused(target: str, options: dict[str, Any], message: str) -> None:
@@ -156,7 +180,7 @@ def test_providers_are_never_replaced_silently(graph: Path) -> None:
     options = EngineOptions(providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
     with pytest.raises(EngineError, match=r"CUDAExecutionProvider is not there, only .*CPU.*; install onnxruntime-gpu"):
         open_engine(graph, "onnxruntime", options)
-    with pytest.raises(EngineError, match="NoSuchProvider is not there, only"):
+    with pytest.raises(InputError, match=r"NoSuchProvider is unknown; ONNX Runtime knows .*CUDAEx.*, and here .*CPUEx"):
         open_engine(graph, "onnxruntime", EngineOptions(providers=("NoSuchProvider",)))
 
 
@@ -243,6 +267,7 @@ def test_several_threads_share_an_engine(graph: Path) -> None:
         ({"threads": -1}, r"threads must be a whole number from 0 \(all cores\) to 1024, got -1"),
         ({"threads": 2.0}, "threads must be"),
         ({"threads": True}, "threads must be"),
+        ({"spin_us": -1}, r"spin_us must be a whole number from 0 \(sleep at once\) to 1000000, got -1"),
         ({"providers": ()}, "providers must be one or more names"),
         ({"providers": "CPUExecutionProvider"}, "providers must be one or more names"),
     ],

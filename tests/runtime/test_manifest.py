@@ -74,7 +74,9 @@ def valid() -> dict[str, Any]:
             for name, (inputs, outputs) in graphs.items()
         },
         "parity": {"vision.embedding": {"max_abs_error": 1e-6, "tolerance": 1e-4}},
-        "quantization": {"decoder": {"weights": "float32", "activations": "float32", "drift": {}}},
+        "quantization": {"decoder": {"weights": "float32", "activations": "float32", "drift": {}, "kept": []}},
+        "drift": None,
+        "profiles": {},
         "files": {name: {"sha256": "0" * 64, "size_bytes": 10} for name in names},
         "canary": {
             "seed": 7, "ids": [62, 5, 63, *[0] * 21], "embedding": [1.0, 0.0, 0.0], "text_embedding": [0.6, -0.8, 0],
@@ -196,7 +198,10 @@ REFUSED = [
     (_set("graphs", "vision", "inputs", 0, "shape", 0, "a b"), r"expected a name such as 'batch'"),
     (_set("graphs", "vision", "outputs", []), r"graphs.vision.outputs: expected 1 to 1,200 items, got 0"),
     (_drop("graphs", "decoder", "outputs", 3), r"graphs.decoder.outputs: missing tensor 'present_k.1'"),
-    (_set("quantization", "x", {"weights": "int8", "activations": "int8", "drift": {}}), r"quantization: unknown key"),
+    (
+        _set("quantization", "x", {"weights": "int8", "activations": "int8", "drift": {}, "kept": []}),
+        r"quantization: unknown key",
+    ),
     (_set("parity", "vision.embedding", "max_abs_error", 1.0), r"max_abs_error 1.0 is above tolerance 0.0001"),
     (_set("parity", "Vision!", {"max_abs_error": 0, "tolerance": 0}), r"parity: expected a name such as"),
     (_drop("files", "tokenizer.json"), r"files: missing key 'tokenizer.json', which the graphs for texts need"),

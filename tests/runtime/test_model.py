@@ -12,14 +12,12 @@ import cv2
 import numpy as np
 import pytest
 
-from mammut_runtime.bundle import Bundle, write_manifest
+from mammut_runtime.bundle import write_manifest
 from mammut_runtime.caption_options import CaptionOptions
-from mammut_runtime.engines import EngineOptions
 from mammut_runtime.errors import BundleError, EngineError, InputError, VerificationError
 from mammut_runtime.model import Model
 from mammut_runtime.pictures import read_picture
 
-TINY = Path(__file__).parents[1] / "data" / "tiny-bundle"
 GREEDY = CaptionOptions(beams=1)
 
 
@@ -264,55 +262,3 @@ def test_load_refuses_what_is_no_bundle(toy_bundle: Any, tmp_path: Path) -> None
     with pytest.raises(BundleError, match=r"weights\.bin: sha256"):
         Model.load(toy_bundle.folder)
     Model.load(toy_bundle.folder, verify=False)
-
-
-# ---- a bundle made by the real exporter ----
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    if not (TINY / "manifest.json").exists():
-        pytest.skip("tests/data/tiny-bundle is not there; the exporter's script makes it")
-    pytest.importorskip("onnxruntime")
-    return Model.load(TINY, EngineOptions(threads=1))
-
-
-def test_tiny_bundle_reproduces_its_canary(tiny: Model) -> None:
-    assert tiny.replay_canary().ok
-
-
-def test_tiny_bundle_all_tasks(tiny: Model) -> None:
-    seen = tiny.encode(np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8))
-    assert np.linalg.norm(seen.embedding) == pytest.approx(1, abs=1e-5)
-    assert "".join(seen.caption_stream()) == seen.caption(GREEDY).text
-    assert seen.ask("a", ["b", "c"]).text in ("b", "c")
-    assert len(seen.match(["a cat", "a dog"], ["nothing"]).matches) == 2
-
-
-def test_tiny_bundle_cached_equals_uncached(tiny: Model) -> None:
-    """The decoder graph fed step by step, with beams, against the whole prefix at once."""
-    pictures = tiny.encode_batch(list(np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)))
-    ids = np.random.default_rng(2).integers(0, tiny.manifest.model.vocab_size, (3, 2, 6))
-    memories = tiny._memories(pictures)
-    stepwise, whole = tiny.captioner._decoder(memories), tiny.captioner._decoder(memories)
-    start = np.tile(ids[:, :1, :1], (1, 1, 1))
-    ids[:, :, 0] = start[:, :, 0]
-    stepwise.feed(start)
-    stepwise.select(np.zeros((3, 2), np.int64))
-    for position in range(1, 6):
-        logits = stepwise.feed(ids[:, :, position : position + 1])
-    whole.select(np.zeros((3, 2), np.int64))
-    np.testing.assert_allclose(logits, whole.feed(ids), atol=1e-4)
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_tiny_bundle_batch_equals_one_by_one(tiny: Model, beams: int) -> None:
-    pictures = tiny.encode_batch(list(np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)))
-    options = CaptionOptions(beams=beams)
-    for together, seen in zip(tiny.caption_batch(pictures, options), pictures, strict=True):
-        assert together.ids == seen.caption(options).ids
-
-
-def test_tiny_bundle_engine_options(tiny: Model) -> None:
-    other = Model(Bundle.open(TINY), EngineOptions(threads=2, memory_arena=True, prepack=False))
-    assert other.replay_canary().ok

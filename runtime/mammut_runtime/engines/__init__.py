@@ -3,6 +3,7 @@
     Engine          the interface, two methods
     EngineOptions   threads, memory, providers, devices; what an engine cannot honour it refuses by name
     open_engine     a graph file -> an Engine for the bundle's target
+    check_ready     whether a target's graphs must be, and are, built on this device first
     fake.FakeEngine a Python function as an engine, for tests of applications
 
 An engine is safe to call from several threads unless its own docstring says otherwise.
@@ -19,14 +20,17 @@ from numpy.typing import NDArray
 
 from mammut_runtime.errors import EngineError, InputError
 
-MAX_THREADS = 1024
-ENGINES = ("onnxruntime", "openvino")
+MAX_THREADS, MAX_SPIN_US = 1024, 1_000_000
+ENGINES = ("onnxruntime", "openvino", "tensorrt")
 """Targets of bundles that this runtime has an engine for."""
 _ONLY = {
-    "onnxruntime": ("spinning", "prepack", "providers", "provider_options", "allow_fallback"),
+    "onnxruntime": ("spinning", "spin_us", "prepack", "providers", "provider_options", "allow_fallback"),
     "openvino": ("device", "device_precision", "compile_cache"),
+    "tensorrt": ("library", "gpu", "engine_cache", "cuda_graphs"),
 }
 """Engine → the options that no other engine understands."""
+_FLAGS = {"prepack": "low-memory", "providers": "provider", "provider_options": "provider-option"}
+"""Options that the commands call otherwise."""
 
 
 class Engine(Protocol):
@@ -46,11 +50,15 @@ class EngineOptions:
     threads: int = 0
     """Threads that compute one graph on the processor; 0 means the physical cores that this process may use."""
     spinning: bool = False
-    """ONNX Runtime: let idle threads wait in a busy loop. A little faster for back-to-back calls, and it eats a core
-    that the rest of a device needs; with several graphs open, their pools fight."""
+    """ONNX Runtime: let idle threads wait in a busy loop for long, also between calls. It eats cores that the rest of a
+    device needs; with several graphs open, their pools fight."""
+    spin_us: int = 50
+    """ONNX Runtime 1.26 and newer: microseconds for which a thread waits in a busy loop for the next operator's work
+    before it sleeps. Waking it would take longer than most operators of a decoder's step; docs/log.md has the figures.
+    0, and older versions: it sleeps at once."""
     memory_arena: bool = False
     """Keep freed memory in the engine for the next call. Faster for large inputs, and it never shrinks: its size is
-    that of the largest call so far, per graph."""
+    that of the largest call so far, per graph. (OpenVINO keeps the buffers of a single picture or text anyway.)"""
     prepack: bool = True
     """ONNX Runtime: copy weights into memory in the order the processor likes best. Without it they stay in the mapped
     file, which all graphs share and the system may drop; beam search then took twice as long, greedy captions 1.4
@@ -70,12 +78,28 @@ class EngineOptions:
     compile_cache: Path | None = None
     """OpenVINO: folder for compiled graphs, so that the next start is faster. Its files are trusted like programs: give
     a folder that only this user writes to. Each is as large as the graph's weights."""
+    engine: str | None = None
+    """Another engine than the bundle's target. Only "onnxruntime", which runs every bundle: for a bundle for TensorRT
+    where no engines are built, or no GPU is. None takes the target's own."""
+    library: str | None = None
+    """TensorRT: "tensorrt" or "tensorrt_rtx"; None takes the first of them that is installed."""
+    gpu: int = 0
+    """TensorRT: number of the GPU, as CUDA counts them."""
+    engine_cache: Path | None = None
+    """TensorRT: folder of the engines that `mammut-run build` made; None takes the user's cache folder."""
+    cuda_graphs: bool = False
+    """TensorRT for RTX: launch the decoder's kernels as CUDA graphs. Not measured yet, so off."""
 
     def __post_init__(self) -> None:
         if isinstance(self.threads, bool) or not isinstance(self.threads, int) or not 0 <= self.threads <= MAX_THREADS:
             raise InputError(f"threads must be a whole number from 0 (all cores) to {MAX_THREADS}, got {self.threads}")
+        if isinstance(self.spin_us, bool) or not isinstance(self.spin_us, int) or not 0 <= self.spin_us <= MAX_SPIN_US:
+            wanted = f"a whole number from 0 (sleep at once) to {MAX_SPIN_US}"
+            raise InputError(f"spin_us must be {wanted}, got {self.spin_us}")
         if isinstance(self.providers, str) or not self.providers:
             raise InputError(f"providers must be one or more names, such as CPUExecutionProvider, got {self.providers}")
+        if self.engine not in (None, "onnxruntime"):
+            raise InputError(f"engine: expected onnxruntime, or nothing for the bundle's own, got {self.engine!r}")
         for provider, key, _ in self.provider_options:
             if provider not in self.providers:
                 raise InputError(f"provider option {key!r} is for {provider}, which is not among the providers")
@@ -89,8 +113,9 @@ def open_engine(path: Path, target: str, options: EngineOptions | None = None) -
     options of another engine.
     """
     options = options or EngineOptions()
+    target = options.engine or target
     if target not in ENGINES:
-        known = " and ".join(map(repr, ENGINES))
+        known = ", ".join(map(repr, ENGINES))
         raise EngineError(
             f"this bundle is for {target!r}, this runtime has engines for {known}; export the checkpoint again with "
             f"--target {ENGINES[0]}"
@@ -101,9 +126,27 @@ def open_engine(path: Path, target: str, options: EngineOptions | None = None) -
         from mammut_runtime.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(path, options)
+    if target == "tensorrt":
+        from mammut_runtime.engines.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(path, options)
     from mammut_runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(path, options)
+
+
+def check_ready(bundle: Path, target: str, options: EngineOptions | None = None) -> bool:
+    """Whether graphs of this target are built on the device, so that the bundle's canary should be replayed at start.
+
+    bundle: its folder. Raises EngineError that says what to do if they are not built yet, or cannot be run here.
+    """
+    options = options or EngineOptions()
+    if (options.engine or target) != "tensorrt":
+        return False
+    from mammut_runtime.engines.tensorrt import check_built
+
+    check_built(bundle, options)
+    return True
 
 
 def _refuse_foreign(options: EngineOptions, target: str) -> None:
@@ -112,7 +155,8 @@ def _refuse_foreign(options: EngineOptions, target: str) -> None:
     for engine, names in _ONLY.items():
         for name in names:
             if engine != target and getattr(options, name) != usual[name]:
+                flag = _FLAGS.get(name, name.replace("_", "-"))
                 raise InputError(
-                    f"{name} is an option of {engine}, and this bundle is for {target}; leave it out, or export with "
-                    f"--target {engine}"
+                    f"{name} (--{flag}) is an option of {engine}, and this bundle runs on {target}; leave it out, or "
+                    f"export with --target {engine}"
                 )

@@ -1,7 +1,8 @@
 """Graphs on ONNX Runtime: one session per graph, CPU unless other providers are asked for.
 
 The session's own errors arrive as EngineError. What ONNX Runtime would do quietly and we do not want, it is told not
-to: no spinning threads, no arena that never shrinks, no pinning of threads to cores, no fallback to another provider.
+to: no threads that spin for long, no arena that never shrinks, no pinning of threads to cores, no fallback to another
+provider.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _PROVIDER_PACKAGES = {
     "QNNExecutionProvider": "onnxruntime-qnn in place of onnxruntime",
     "XnnpackExecutionProvider": "a build of ONNX Runtime with XNNPACK (the ones for Android and iOS have it)",
 }
+_SHORT_SPIN_VERSION = (1, 26)
+"""Older ones know only whether to spin, and then spin for long."""
 _NO_FALLBACK = "session.disable_cpu_ep_fallback"
 _FATAL_ONLY = 4
 """ONNX Runtime's log severity: its warnings are about graph optimisations, and its errors are exceptions too; both
@@ -53,12 +56,17 @@ def library() -> Any:
         import onnxruntime
     except ImportError as problem:
         raise EngineError(f"this bundle needs ONNX Runtime, which does not load ({problem}); {INSTALL}") from problem
-    found = re.match(r"(\d+)\.(\d+)", str(getattr(onnxruntime, "__version__", "")))
-    if not found or (int(found[1]), int(found[2])) < MIN_VERSION:
+    if _version(onnxruntime) < MIN_VERSION:
         version = getattr(onnxruntime, "__version__", "unknown")
         wanted = ".".join(map(str, MIN_VERSION))
         raise EngineError(f"ONNX Runtime {version} is too old, expected {wanted} or newer; {INSTALL}")
     return onnxruntime
+
+
+def _version(ort: Any) -> tuple[int, int]:
+    """(1, 32); (0, 0) if it cannot be read."""
+    found = re.match(r"(\d+)\.(\d+)", str(getattr(ort, "__version__", "")))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 class OnnxRuntimeEngine:
@@ -68,7 +76,7 @@ class OnnxRuntimeEngine:
         """Raises EngineError when the library, a provider or the graph cannot be used."""
         ort = library()
         self._name = path.name
-        _check_providers(options, ort.get_available_providers())
+        _check_providers(options, ort.get_available_providers(), ort.get_all_providers())
         try:
             session = ort.InferenceSession(
                 str(path), sess_options=_session_options(ort, options), providers=_with_options(options)
@@ -108,9 +116,12 @@ def _session_options(ort: Any, options: EngineOptions) -> Any:
     settings.inter_op_num_threads = 1  # our graphs are chains; ORT_SEQUENTIAL, its default, uses none anyway
     settings.enable_cpu_mem_arena = options.memory_arena
     settings.log_severity_level = _FATAL_ONLY
-    spinning = "1" if options.spinning else "0"
-    settings.add_session_config_entry("session.intra_op.allow_spinning", spinning)
-    settings.add_session_config_entry("session.inter_op.allow_spinning", spinning)
+    short = options.spin_us > 0 and not options.spinning and _version(ort) >= _SHORT_SPIN_VERSION
+    spins = options.spinning or short
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
+    settings.add_session_config_entry("session.inter_op.allow_spinning", "1" if options.spinning else "0")
+    if short:
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", str(options.spin_us))
     if not options.prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
     if _strict(options):
@@ -134,10 +145,16 @@ def _with_options(options: EngineOptions) -> list[str | tuple[str, dict[str, str
     return [(name, given[name]) if given[name] else name for name in options.providers]
 
 
-def _check_providers(options: EngineOptions, available: list[str]) -> None:
+def _check_providers(options: EngineOptions, available: list[str], known: list[str]) -> None:
+    """available: those of this build; known: all that ONNX Runtime can be built with."""
     for name in options.providers:
+        if name not in known and name not in available:
+            raise InputError(
+                f"provider {name} is unknown; ONNX Runtime knows {', '.join(sorted(known))}, and here it has "
+                f"{', '.join(available)}"
+            )
         if name not in available:
-            package = _PROVIDER_PACKAGES.get(name, "an ONNX Runtime package that has it")
+            package = _PROVIDER_PACKAGES.get(name, "a build of ONNX Runtime that has it")
             raise EngineError(f"provider {name} is not there, only {', '.join(available)}; install {package}")
     if CPU in options.providers and options.providers != (CPU,) and not options.allow_fallback:
         raise InputError(

@@ -1,0 +1,1 @@
+"""From stored pictures and texts to batches."""

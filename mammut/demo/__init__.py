@@ -1,0 +1,1 @@
+"""The shipped demo model: what it is trained and judged on."""

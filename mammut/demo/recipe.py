@@ -1,0 +1,317 @@
+"""What the shipped demo model is trained and judged on: photographs, drawings and plain shapes, and their wording.
+
+Reads the data folder that is not part of a clone (see the model card for its sources and licences). The splits are
+fixed here: clothing by sender and flowers as the data says, photographs by key, and for every sixth emoji name the
+drawing of one vendor (blobmoji), so that "recognise one vendor's drawing from the other's" can be measured.
+
+Captions and matching texts of photographs are people's own words and the questions about shapes come with their data;
+everything else is worded here from labels by templates, and so is synthetic text about real pictures.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import random
+import re
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mammut.bpe_training import train_tokenizer
+from mammut.data.pairs import Pair, read_tars
+from mammut.presets import demo
+from mammut.training.recipes import small_set
+from mammut.training.run_config import RunConfig, Source
+from mammut_runtime.errors import InputError
+from mammut_runtime.tokenizer import Tokenizer
+
+FLOWERS = {
+    "daisy": "a daisy",
+    "dandelion": "a dandelion",
+    "roses": "a rose",
+    "sunflowers": "a sunflower",
+    "tulips": "a tulip",
+}
+CLOTHING = {
+    "Blazer": "a blazer",
+    "Blouse": "a blouse",
+    "Body": "a baby bodysuit",
+    "Dress": "a dress",
+    "Hat": "a hat",
+    "Hoodie": "a hoodie",
+    "Longsleeve": "a long sleeved top",
+    "Outwear": "a jacket",
+    "Pants": "pants",
+    "Polo": "a polo shirt",
+    "Shirt": "a shirt",
+    "Shoes": "shoes",
+    "Shorts": "shorts",
+    "Skirt": "a skirt",
+    "T-Shirt": "a t shirt",
+    "Top": "a sleeveless top",
+    "Undershirt": "an undershirt",
+}
+"""The data's labels and how the demo says them."""
+
+PROMPTS = {"caption": "", "ask": "question: {question} answer:", "zero_shot": "{}"}
+
+
+VOCABULARY = 2048
+STEPS = 2866
+"""As many as the shipped weights took, of 96 pictures each."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One kind of training pictures."""
+
+    pairs: Sequence[Pair]
+    weight: float
+    """Of the batch, about; the five sum to 1."""
+    kind: Literal["photo", "drawing", "plain"] = "photo"
+    even: bool = False
+    """Rare captions are made more frequent."""
+
+
+def demo_run(data: Path, out: Path, steps: int = STEPS) -> RunConfig:
+    """The run that made the shipped checkpoint, on the files that it writes: OUT/data and OUT/tokenizer.json.
+
+    Files that are there already are taken as they are. Errors as training_pairs'.
+    """
+    folder, tokenizer = out / "data", out / "tokenizer.json"
+    sets = training_pairs(data)
+    if not tokenizer.is_file():
+        write_whole(tokenizer, train_tokenizer(tokenizer_texts(sets), VOCABULARY))
+    sources = []
+    for name, given in sets.items():
+        path = folder / f"{name}.tar"
+        if not path.is_file():
+            write_whole(path, packed(given))
+        sources.append(Source((str(path),), given.kind, given.weight))
+    model = demo(Tokenizer.from_bytes(tokenizer.read_bytes()).vocab_size)
+    config = small_set(model, sources, steps, tokenizer=str(tokenizer))
+    return dataclasses.replace(config, prompts=PROMPTS)
+
+
+def training_pairs(data: Path) -> dict[str, Training]:
+    """Everything the demo is trained on, about 12,500 pictures.
+
+    Raises:
+        InputError: the folder is not the data folder (names what is missing).
+    """
+    check_folder(data)
+    return {
+        "flowers": Training(labelled_pairs(data, "flowers", "train"), 0.27, even=True),
+        "clothing": Training(labelled_pairs(data, "clothing", "train"), 0.45, even=True),
+        "emoji": Training([pair for pair in emoji_pairs(data) if not held_out_drawing(pair)], 0.13, "drawing"),
+        "photos": Training(photo_pairs(data, "train"), 0.06),
+        "shapes": Training(shape_pairs(data / "easy-vqa" / "train"), 0.09, "plain"),
+    }
+
+
+def packed(given: Training) -> bytes:
+    """A WebDataset tar in random order, as shards should be; the same pairs give the same bytes."""
+    shares = evened(given.pairs) if given.even else [1.0] * len(given.pairs)
+    order = random.Random(0).sample(list(zip(given.pairs, shares, strict=True)), len(given.pairs))
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for number, (pair, share) in enumerate(order):
+            row = {
+                "captions": pair.captions, "matches": pair.matches, "questions": pair.questions, "share": share,
+                "name": pair.name, "credit": pair.credit,
+            }  # fmt: skip
+            suffix = "png" if pair.data.startswith(b"\x89PNG") else "jpg"
+            for ending, content in ((suffix, pair.data), ("json", json.dumps(row).encode())):
+                member = tarfile.TarInfo(f"{number:06d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+def held_out(data: Path) -> dict[str, list[Pair]]:
+    """Pictures that are never trained on, with the caption each should get. Errors as training_pairs'.
+
+    "clothing", "flowers" and "photos" are photographs; "emoji" are one vendor's drawings of names whose other drawing
+    was trained on; "shapes" are easy-VQA's test pictures.
+    """
+    check_folder(data)
+    return {
+        "clothing": labelled_pairs(data, "clothing", "val"),
+        "flowers": labelled_pairs(data, "flowers", "val"),
+        "photos": photo_pairs(data, "val"),
+        "emoji": [pair for pair in emoji_pairs(data) if held_out_drawing(pair)],
+        "shapes": shape_pairs(data / "easy-vqa" / "test"),
+    }
+
+
+def check_folder(data: Path) -> None:
+    """Raise InputError unless `data` holds the sets the demo needs."""
+    wanted = (
+        "pairs/clothing-000.tar",
+        "pairs/flowers-000.tar",
+        "pairs/photos-000.tar",
+        "emoji/names.tsv",
+        "easy-vqa/train",
+    )
+    missing = [name for name in wanted if not (data / name).exists()]
+    if missing:
+        raise InputError(f"{data}: expected the data folder of the demo recipe, but it has no {', '.join(missing)}")
+
+
+def tokenizer_texts(sets: Mapping[str, Training]) -> list[str]:
+    """All texts the tokenizer is trained on, once a sample."""
+    texts: list[str] = []
+    for given in sets.values():
+        for pair in given.pairs:
+            texts += pair.captions
+            texts += [PROMPTS["ask"].format(question=q) + " " + a for q, a in pair.questions[:3]]
+    return texts
+
+
+def held_out_drawing(pair: Pair) -> bool:
+    """Whether this is a blobmoji drawing of the sixth of the names kept for judging, chosen by a hash of the name."""
+    return pair.name.startswith("blobmoji") and _hash(pair.captions[0]) % 6 == 0
+
+
+def emoji_pairs(data: Path) -> list[Pair]:
+    """Both vendors' drawings with their Unicode names."""
+    with (data / "emoji" / "names.tsv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    drawn_twice = {row["file"] for row in rows if row["vendor"] == "blobmoji"} & {
+        row["file"] for row in rows if row["vendor"] == "noto"
+    }
+    pairs = []
+    for row in rows:
+        if row["vendor"] == "blobmoji" and row["file"] not in drawn_twice:
+            continue  # its name could not be learned from the other vendor
+        path = data / "emoji" / row["vendor"] / row["file"]
+        name = row["name"].replace("“", "").replace("”", "")
+        questions = (("what is this?", name), ("what does the emoji show?", name), ("is this a drawing?", "yes"))
+        forms = (f"an emoji of {name}", name, f"an emoji: {name}", f"a drawing of {name}")
+        pairs.append(
+            Pair(f"{row['vendor']}/{row['file']}", path.read_bytes(), forms[:1], forms, questions, "Apache-2.0")
+        )
+    return pairs
+
+
+def photo_pairs(data: Path, split: str) -> list[Pair]:
+    """Photographs with a person's description; a tenth of the keys is "val"."""
+
+    def to_pair(name: str, picture: bytes, row: dict[str, Any]) -> Pair | None:
+        if (_hash(name) % 10 == 0) != (split == "val"):
+            return None
+        caption = plain_caption(row["caption"])
+        questions = (("is this a drawing?", "no"), ("what is this?", "a photo"))
+        return Pair(name, picture, (caption,), (caption,), questions, f"{row['credit']} CC BY 4.0".strip())
+
+    return list(read_tars(sorted((data / "pairs").glob("photos-*.tar")), to_pair))
+
+
+def plain_caption(caption: str) -> str:
+    """The first sentence without "A photo shows": what is in the picture, in the space the model has."""
+    first = re.split(r"(?<=[a-z\)”])\.\s", caption.strip())[0].rstrip(".[] ")
+    opening = (
+        r"(?i)^(this is |here is )?(an?|the|this) (color |black and white )?(photo|photograph|image|picture)(graph)? "
+    )
+    return re.sub(opening + r"(shows|of|is|depicts|displays) ", "", first).strip() or first
+
+
+def shape_pairs(folder: Path) -> list[Pair]:
+    """easy-VQA: one coloured shape a picture. Its own questions; the caption is put together from their answers."""
+    questions: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, number in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        questions.setdefault(number, []).append((question, answer))
+    pairs = []
+    for number, asked in sorted(questions.items()):
+        path = folder / "images" / f"{number}.png"
+        name = shape_name(asked)
+        captions = (f"a {name}",) if name else ()
+        forms = (f"a {name}", name, f"a picture of a {name}") if name else ()
+        pairs.append(Pair(f"shapes/{path.name}", path.read_bytes(), captions, forms, tuple(asked)))
+    return pairs
+
+
+def shape_name(asked: Sequence[tuple[str, str]]) -> str | None:
+    """ "blue circle", as far as the questions give both away."""
+    colour, shape = None, None
+    for question, answer in asked:
+        words = question.rstrip("?").split()
+        if answer in ("circle", "rectangle", "triangle"):
+            shape = answer
+            colour = next((w for w in words if w in _COLOURS), colour)
+        elif answer in _COLOURS:
+            colour = answer
+            shape = next((w for w in words if w in ("circle", "rectangle", "triangle")), shape)
+        elif (answer == "yes") != ("not" in words or "no" in words):
+            colour = next((w for w in words if w in _COLOURS), colour)
+            shape = next((w for w in words if w in ("circle", "rectangle", "triangle")), shape)
+    return f"{colour} {shape}" if colour and shape else None
+
+
+_COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "brown", "teal")
+
+
+def labelled_pairs(data: Path, kind: str, split: str) -> list[Pair]:
+    """Clothing or flowers: worded by templates from the label."""
+    names = FLOWERS if kind == "flowers" else CLOTHING
+    subject = "flower" if kind == "flowers" else "clothing"
+
+    def to_pair(name: str, picture: bytes, row: dict[str, Any]) -> Pair | None:
+        if row["split"] != split:
+            return None
+        thing = names[row["label"]]
+        forms = (f"a photo of {thing}", thing, f"a picture of {thing}", re.sub("^an? ", "", thing))
+        credit = f"Flickr photo {row['flickr_id']}, CC BY 2.0" if kind == "flowers" else "CC0 1.0"
+        return Pair(name, picture, forms[:1], forms, _questions(name, thing, subject, list(names.values())), credit)
+
+    return list(read_tars(sorted((data / "pairs").glob(f"{kind}-*.tar")), to_pair))
+
+
+def _questions(name: str, thing: str, subject: str, things: list[str]) -> tuple[tuple[str, str], ...]:
+    """Open and yes/no questions about a labelled photo; as many yes as no."""
+    rng = random.Random(_hash(name))
+    other = rng.choice([each for each in things if each != thing])
+    plain = re.sub("^an? ", "", thing)
+    neighbour = "clothing" if subject == "flower" else "flower"
+    return (
+        ("what is this?", thing),
+        (f"what kind of {subject} is this?", plain),
+        (f"which {subject} is in the picture?", plain),
+        (f"is this {thing}?", "yes"),
+        (f"is this {other}?", "no"),
+        *rng.sample([("is this a flower?", "yes" if subject == "flower" else "no"),
+                     ("is this clothing?", "no" if subject == "flower" else "yes"),
+                     (f"is there any {neighbour} in the picture?", "no"),
+                     (f"is there any {subject} in the picture?", "yes"),
+                     ("is this a drawing?", "no")], 2),
+    )  # fmt: skip
+
+
+def evened(pairs: Sequence[Pair]) -> list[float]:
+    """In what share of its turns each is used: rare captions always, frequent ones less, by the inverse root of their
+    count (those below 40 as if 40)."""
+    counts = Counter(pair.captions[0] for pair in pairs)
+    weights = [max(40, counts[pair.captions[0]]) ** -0.5 for pair in pairs]
+    return [round(weight / max(weights), 6) for weight in weights]
+
+
+def _hash(text: str) -> int:
+    """A number that is the same on every machine and run."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
