@@ -1,0 +1,239 @@
+"""mammut-run caption-video, ask-video and find-video: a thin shell over this package.
+
+A clip that cannot be used does not stop the rest: it is reported, and the command ends with exit code 2 after all
+others are done. What concerns all clips, such as a full disk, ends it at once; what was done is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mammut_runtime import console
+from mammut_runtime.caption_options import CaptionOptions
+from mammut_runtime.commands_inputs import ModelSettings, json_option, model_options, text_list
+from mammut_runtime.commands_pictures import generation_options
+from mammut_runtime.errors import InputError
+from mammut_runtime.video.captions import VideoCaptionOptions
+from mammut_runtime.video.cues import MergeRule
+from mammut_runtime.video.decode import Clip, ClipHealth, quiet_decoder
+from mammut_runtime.video.moments import MomentIndex, update_moments
+from mammut_runtime.video.sampler import Budget
+from mammut_runtime.video.scenes import SceneRule
+from mammut_runtime.video.subtitles import Job, Subtitles, jobs_of, write_subtitles
+
+DEFAULT_INDEX = Path("moments.index")
+Function = Callable[..., Any]
+
+
+def scene_options(command: Function) -> Function:
+    """Add the options that say where clips are cut."""
+    decorators: tuple[Function, ...] = (
+        click.option(
+            "--longest-scene", type=float, default=10.0, help="Seconds after which one is divided. Default: 10."
+        ),
+        click.option("--shortest-scene", type=float, default=0.5, help="Cuts sooner than this are none. Default: 0.5."),
+        click.option("--cut-difference", type=float, default=24.0, help="Change that is a cut, 0-255. Default: 24."),
+        click.option("--frames", type=int, default=3, help="Frames of a scene that are encoded. Default: 3."),
+        click.option(
+            "--merge-likeness", type=float, default=0.75, help="Share of words in common; 2: never. Default: .75."
+        ),
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+@click.command("caption-video")
+@click.argument("clips", nargs=-1, required=True, metavar="PATHS...")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the subtitles."
+)
+@click.option("--overwrite", is_flag=True, help="Begin anew and replace what is there.")
+@scene_options
+@generation_options
+@click.option("--prompt", help="Text that captions continue. Default: the bundle's own.")
+@json_option
+@model_options
+def caption_video(
+    settings: ModelSettings,
+    clips: Sequence[str],
+    out: Path,
+    overwrite: bool,
+    longest_scene: float,
+    shortest_scene: float,
+    cut_difference: float,
+    frames: int,
+    merge_likeness: float,
+    options: CaptionOptions,
+    prompt: str | None,
+    as_json: bool,
+) -> int:
+    """Write subtitles for clips: NAME.srt, NAME.vtt and NAME.jsonl.
+
+    PATHS are files and folders (with their subfolders). A run that was stopped goes on where it was when it is started
+    again in the same way, and ends with the same bytes.
+    """
+    quiet_decoder()
+    if options.sampled and options.seed is None:
+        raise InputError(
+            "sampling without --seed gives other captions each time, so a run could not be resumed; add it"
+        )
+    whole = VideoCaptionOptions(
+        SceneRule(difference=cut_difference, shortest_s=shortest_scene, longest_s=longest_scene),
+        frames,
+        dataclasses.replace(options, prompt=prompt),
+        MergeRule(likeness=merge_likeness),
+    )
+    jobs = jobs_of(clips)
+    with settings.load() as model:
+        run = ClipRun(jobs, as_json)
+        with run.progress:
+            for job in jobs:
+                try:
+                    done = write_subtitles(model, job, out, whole, overwrite=overwrite, progress=run.at)
+                except InputError as problem:
+                    run.failed(job, problem)
+                else:
+                    run.done(job, done)
+    return run.exit_code()
+
+
+class ClipRun:
+    """What a run over clips shows: a bar in seconds of video with the time left, results, failures."""
+
+    def __init__(self, jobs: Sequence[Job], as_json: bool) -> None:
+        self._as_json = as_json
+        self._lengths = [announced_s(job.clip) for job in jobs]
+        self.progress = console.Progress("seconds of video", max(1, round(sum(self._lengths))))
+        self._number = self._failed = 0
+
+    def at(self, time_s: float) -> None:
+        """The clip at work has come so far."""
+        before = sum(self._lengths[: self._number])
+        this = self._lengths[self._number]
+        self.progress(round(before + min(time_s, this)), note=f"clip {self._number + 1}/{len(self._lengths)}")
+
+    def done(self, job: Job, written: Subtitles) -> None:
+        """Show what was written."""
+        health = health_note(written.health)
+        if self._as_json:
+            self.progress.print(console.json_line(written.to_dict()))
+        else:
+            kept = f", {written.resumed_scenes} scenes from before" if written.resumed_scenes else ""
+            cues = "1 cue" if written.cues == 1 else f"{written.cues} cues"
+            text = f"{job.clip}: {cues} in {written.duration_s:.1f} s{kept} -> {written.files[0]}"
+            self.progress.print(console.printable(text))
+        if health:
+            self.progress.clear()
+            console.note(f"note: {job.clip}: {health}")
+        self._number += 1
+
+    def failed(self, job: Job, problem: InputError) -> None:
+        """Report a clip that cannot be used."""
+        self._failed += 1
+        self.progress.clear()
+        console.note(f"error: {console.error_line(problem)}")
+        if self._as_json:
+            self.progress.print(console.json_line({"clip": str(job.clip), "error": console.error_line(problem)}))
+        self._number += 1
+
+    def exit_code(self) -> int:
+        """0, or 2 after a note if clips failed."""
+        if self._failed:
+            console.note(f"{self._failed} of {self._number} clips could not be used")
+        return console.EXIT_USAGE if self._failed else 0
+
+
+@click.command("ask-video")
+@click.argument("clip", type=click.Path(path_type=Path))
+@click.argument("question")
+@click.option("--from", "start_s", type=float, default=0.0, help="Seconds from the start. Default: 0.")
+@click.option("--to", "end_s", type=float, help="Seconds from the start. Default: the end.")
+@click.option("--frames", type=int, default=8, help="Frames that are encoded. Default: 8.")
+@click.option("--candidates", help="Possible answers, separated by commas, or @FILE with one a line.")
+@generation_options
+@json_option
+@model_options
+def ask_video(
+    settings: ModelSettings,
+    clip: Path,
+    question: str,
+    start_s: float,
+    end_s: float | None,
+    frames: int,
+    candidates: str | None,
+    options: CaptionOptions,
+    as_json: bool,
+) -> None:
+    """Answer a question about a clip, or about a part of it."""
+    quiet_decoder()
+    choices = None if candidates is None else text_list(candidates, "--candidates")
+    if choices is not None and options != CaptionOptions():
+        raise InputError("the options of generation are for free answers; leave them out with --candidates")
+    with settings.load() as model:
+        seen = model.encode_video(clip, start_s, end_s, Budget(frames=frames))
+        answer = seen.ask(question, choices, options if choices is None else None)
+    if seen.health is not None and (problem := health_note(seen.health)):
+        console.note(f"note: {clip}: {problem}")
+    if as_json:
+        console.echo_json({"clip": str(clip), **answer.to_dict(), "sampling": seen.sampling.to_dict()})
+        return
+    share = f" ({answer.candidates[0].probability:.2f})" if answer.candidates else ""
+    click.echo(console.printable(f"{answer.text}{share}"))
+    times = ", ".join(f"{each.time_s:.1f}" for each in seen.sampling.frames)
+    console.note(f"note: frames at {times} s; described: {seen.sampling.frames[seen.sampling.central].time_s:.1f} s")
+
+
+@click.command("find-video")
+@click.argument("text")
+@click.argument("clips", nargs=-1, required=True, metavar="PATHS...")
+@click.option(
+    "--index",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=DEFAULT_INDEX,
+    help=f"Where the moments are kept; only new and changed clips are looked at. Default: {DEFAULT_INDEX}.",
+)
+@click.option("--rebuild", is_flag=True, help="Begin the index anew, also where it was made with another bundle.")
+@click.option("-k", "count", type=click.IntRange(1, 10_000), default=10, help="Moments to find. Default: 10.")
+@json_option
+@model_options
+def find_video(
+    settings: ModelSettings, text: str, clips: Sequence[str], index: Path, rebuild: bool, count: int, as_json: bool
+) -> int:
+    """Find moments of clips by words: score, time and clip of each, best first.
+
+    PATHS are files and folders (with their subfolders).
+    """
+    quiet_decoder()
+    paths = [job.clip for job in jobs_of(clips)]
+    with settings.load() as model:
+        with console.Progress("clips", len(paths)) as progress:
+            update = update_moments(model, paths, index, rebuild=rebuild, progress=progress)
+        hits = MomentIndex.open(index, model).search(text, count, paths)
+    for each in update.unusable:
+        console.note(f"error: {each.reason if str(each.path) in each.reason else f'{each.path}: {each.reason}'}")
+    for hit in hits:
+        if as_json:
+            console.echo_json(hit.to_dict())
+        else:
+            click.echo(console.printable(f"{hit.score:.4f} {hit.start_s:8.1f} - {hit.end_s:.1f} s  {hit.path}"))
+    return console.EXIT_USAGE if update.unusable else 0
+
+
+def announced_s(path: Path) -> float:
+    """How long a clip says it is, seconds; 1 where it says nothing, or cannot be opened."""
+    try:
+        with Clip.open(path) as clip:
+            return clip.info.duration_s or 1.0
+    except InputError:
+        return 1.0
+
+
+def health_note(health: ClipHealth) -> str:
+    """What is wrong with a clip, for people; empty if nothing is."""
+    return f"damaged, and used as far as it goes: {health.summary()}" if not health.whole else ""
