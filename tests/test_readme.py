@@ -14,6 +14,8 @@ import cv2
 import pytest
 
 import mammut.commands
+import mammut.evaluation.commands
+import mammut_calibration.commands
 import mammut_export.commands
 from mammut_runtime import commands
 from mammut_runtime.canary import canary_picture
@@ -25,6 +27,8 @@ COMMANDS: dict[str, click.Command] = {
     "mammut-run": commands.cli,
     "mammut-export": mammut_export.commands.cli,
     "mammut-train": mammut.commands.cli,
+    "mammut-eval": mammut.evaluation.commands.cli,
+    "mammut-calibrate": mammut_calibration.commands.cli,
 }
 
 
@@ -41,11 +45,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like the one README's examples are run in: bundle, photo.jpg, photos/."""
     (tmp_path / "bundle").symlink_to(TINY_BUNDLE)
     (tmp_path / "photos").mkdir()
+    (tmp_path / "my-photos").mkdir()
     for name in ("photo.jpg", "photos/a.png", "photos/b.png"):
         whole, data = cv2.imencode(Path(name).suffix, canary_picture(len(name), (60, 80)))
         assert whole
         (tmp_path / name).write_bytes(data.tobytes())
     (tmp_path / "notes.txt").write_text("no picture")
+    clip = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 5, (80, 60))
+    for number in range(10):
+        clip.write(canary_picture(number // 5, (60, 80)))
+    clip.release()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MAMMUT_BUNDLE", str(tmp_path / "bundle"))
     return tmp_path
@@ -75,7 +84,7 @@ def test_the_mammut_run_lines_run(
         assert capsys.readouterr().out
 
 
-def test_every_other_shell_line_names_what_exists() -> None:
+def test_every_other_shell_line_names_what_exists(place: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for line in shell_lines():
@@ -113,14 +122,16 @@ def leaf_commands(command: click.Command, name: str = "") -> Iterator[tuple[str,
 
 
 def test_the_table_of_commands_has_every_command_and_option() -> None:
-    rows = re.findall(r"^\| `([a-z ]+?)(?: [A-Z\[][^`]*)?` \| [^|]* \| (.*) \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z -]+?)(?: [A-Z\[][^`]*)?` \| [^|]* \| (.*) \|$", README, re.MULTILINE)
     named = {name: set(re.findall(r"`(--?[a-z-]+)`", options)) for name, options in rows}
-    common = set(re.findall(r"`(--[a-z-]+)", README[README.index("All but `doctor` also take") :].split(";")[0]))
+    sentence = README[README.index("All but `doctor` and `build` also take") :].split(";")[0]
+    common = set(re.findall(r"`(--[a-z-]+)", sentence))
     assert {"--bundle", "--threads", "--provider"} <= common
     for name, command in leaf_commands(commands.cli):
-        expected = options_of(command) - (set() if name == "doctor" else common)
+        alone = name in ("doctor", "build")
+        expected = options_of(command) - (set() if alone else common)
         assert named.pop(name) == expected, f"README's row of {name!r} has other options than the command"
-        assert name == "doctor" or common <= options_of(command)
+        assert alone or common <= options_of(command)
     assert not named, f"README has commands that do not exist: {named}"
 
 

@@ -120,10 +120,11 @@ def calibrate(
                 save_table(state, run.table(complete=False))
     finally:
         run.close()
-    table = run.finish()
-    if state is not None:
-        state.unlink(missing_ok=True)
-    return table
+    try:
+        return run.finish()
+    finally:  # also where the data are refused: more of them would be other data, which this state does not fit
+        if state is not None:
+            state.unlink(missing_ok=True)
 
 
 class _Run:

@@ -22,6 +22,7 @@ from mammut_calibration.data import Dataset, Question
 from mammut_runtime.bundle import Bundle
 from mammut_runtime.engines import EngineOptions
 from mammut_runtime.errors import InputError
+from mammut_runtime.manifest import ROUNDING
 from mammut_runtime.strict import to_dict
 
 MEASURES = (
@@ -141,7 +142,7 @@ class Drift:
         return tuple(
             DriftFailure(name, value, getattr(limits, name), self.where.get(name, ""))
             for name, value in self.measures.items()
-            if not value >= getattr(limits, name)
+            if not value >= getattr(limits, name) - ROUNDING
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mammut_runtime.errors import InputError
 if TYPE_CHECKING:
     from mammut_calibration.drift import DriftLimits
     from mammut_export.export import ExportResult
+    from mammut_export.quantize import QuantizedLayers
 
 TASK_NAMES = "caption,ask,match,search"
 
@@ -72,7 +73,9 @@ TASK_NAMES = "caption,ask,match,search"
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at OUT.")
 @click.option("--dry-run", is_flag=True, help="Print graphs, sizes, parameters and expected memory; write nothing.")
 @click.option(
-    "--device", metavar="NAME", help="With --dry-run: also forecast speed and memory on orin-nano-8gb, orin-nx-16gb, "
+    "--device",
+    metavar="NAME",
+    help="With --dry-run: also forecast speed and memory on orin-nano-8gb, orin-nx-16gb, "
     "agx-orin, thor, n100, pi5 or this-cpu.",
 )
 def cli(
@@ -131,11 +134,10 @@ def cli(
     loaded = load_checkpoint(checkpoint, image_size=image_size)
     if dry_run or out is None:
         plan = plan_export(loaded, options)
-        for line in describe(plan):
+        _check_device(device, options.target)
+        expected = forecast(plan, device, options.schemes).lines() if device is not None else []
+        for line in [*describe(plan), *expected]:
             click.echo(line)
-        if device is not None:
-            for line in forecast(plan, device, options.schemes).lines():
-                click.echo(line)
         return
     result = export(loaded, out, options, overwrite=overwrite, progress=steps)
     for line in _summary(result):
@@ -156,6 +158,16 @@ class _Steps:
     def __call__(self, step: str) -> None:
         if sys.stderr.isatty():
             console.note(f"{time.monotonic() - self._start:6.1f} s  {step}")
+
+
+def _check_device(device: str | None, target: str) -> None:
+    """Raises InputError for a target that the device does not run."""
+    from mammut_export.forecast import DEVICES
+
+    known = DEVICES.get(device or "")
+    if known is not None and (known.kind == "gpu") != (target == "tensorrt"):
+        wanted = "tensorrt" if known.kind == "gpu" else "onnxruntime or openvino"
+        raise InputError(f"--device {device} is forecast for --target {wanted}, got {target}")
 
 
 def _limits(given: tuple[str, ...]) -> DriftLimits:
@@ -198,13 +210,20 @@ def _summary(result: ExportResult) -> list[str]:
     return [*lines, f"report: {console.printable(str(result.path / 'report.html'))}"]
 
 
+def _kept(layers: QuantizedLayers) -> str:
+    floats = len(layers.kept) - len(layers.eight_bits)
+    parts = [
+        f"{count} layers in {what}"
+        for count, what in ((len(layers.eight_bits), "8 bits"), (floats, "floating point"))
+        if count
+    ]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
 def _gate_summary(result: ExportResult) -> list[str]:
     made = result.quantized
     assert made is not None
-    kinds = ", ".join(
-        f"{each.graph} {each.scheme}" + (f" ({len(each.kept)} layers in floating point)" if each.kept else "")
-        for each in made.layers
-    )
+    kinds = ", ".join(f"{each.graph} {each.scheme}" + _kept(each) for each in made.layers)
     lines = [f"precision: {kinds}"]
     if made.drift is not None:
         values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in made.drift.measures.items())
@@ -219,7 +238,8 @@ def _gate_summary(result: ExportResult) -> list[str]:
             for key, words in pairs
             if key in before and key in after
         ]
-        lines.append(f"float32 to this, on this machine: {', '.join(times)}")
+        engine = "ONNX Runtime, not TensorRT" if result.target == "tensorrt" else "this machine"
+        lines.append(f"float32 to this, on {engine}: {', '.join(times)}")
     return lines
 
 

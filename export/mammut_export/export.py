@@ -31,13 +31,15 @@ from mammut_export.options import ExportOptions
 from mammut_export.parity import DEFAULT_TOLERANCE, Parity, verify
 from mammut_export.plan import Plan, make_plan
 from mammut_export.precisions import precision_name, quantization_info
+from mammut_export.quantize import QuantizedLayers
 from mammut_export.range_audit import Audit
 from mammut_export.samples import load_samples
 from mammut_runtime.bundle import Bundle, hash_files, publish, write_manifest
 from mammut_runtime.canary import compare
-from mammut_runtime.errors import VerificationError
+from mammut_runtime.errors import EngineError, VerificationError
 from mammut_runtime.manifest import DriftInfo, GraphInfo, Manifest, QuantizationInfo, Scheme
 from mammut_runtime.model import Model
+from mammut_runtime.tensorrt_lint import lint_bundle
 
 SMALL_PARAMETERS = 50_000_000
 DATA_LIMIT = 512
@@ -49,6 +51,7 @@ class ExportResult:
     """A published bundle, in figures."""
 
     path: Path
+    target: str
     plan: Plan
     parity: Parity
     """Of the bundle with PyTorch; of a quantized bundle, of the float32 one that it was made of."""
@@ -61,7 +64,8 @@ class ExportResult:
     @property
     def size_ratio(self) -> float:
         """Bundle bytes over unique weight bytes."""
-        return self.bundle_bytes / self.plan.unique_weight_bytes
+        counted = self.measured[1].figures["unique_weight_bytes"] if self.measured else self.plan.unique_weight_bytes
+        return self.bundle_bytes / counted
 
 
 def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
@@ -93,7 +97,14 @@ def export(
         bundle_bytes = work.report(folder, made)
         work.stopwatch("publishing")
     return ExportResult(
-        out, work.plan, made.parity, bundle_bytes, time.perf_counter() - started, made.quantized, made.measured
+        out,
+        options.target,
+        work.plan,
+        made.parity,
+        bundle_bytes,
+        time.perf_counter() - started,
+        made.quantized,
+        made.measured,
     )
 
 
@@ -155,16 +166,18 @@ class _Work:
                 limits=options.limits,
                 table=load_table(options.table) if options.table else None,
                 options=here(options.target, options.threads),
+                pictures=self._samples,
                 progress=self.stopwatch,
             )
             if options.auto:
                 made = gate.make_fastest(folder)
             else:
                 made = gate.make(folder, options.schemes, most_kept=options.most_kept)
+            judged = options.quantized or made.drift is not None
+            if judged and made.failures and not options.accept_drift:
+                raise VerificationError(_refusal(made))
             if not options.quantized:
                 return self._typed(folder, made, gate.audits)
-            if made.failures and not options.accept_drift:
-                raise VerificationError(_refusal(made))
             self.stopwatch("measuring")
             measured = measure(reference, options.threads), measure(Bundle.open(folder), options.threads)
         manifest = self._complete(folder, made.graphs, made.schemes, canary_of_itself=True)
@@ -180,11 +193,15 @@ class _Work:
         manifest = self._complete(folder, made.graphs, made.schemes)
         parity = self._verified(folder, manifest, made.schemes)
         quantization = {graph: quantization_info(scheme, "tensorrt") for graph, scheme in made.schemes.items()}
-        manifest = dataclasses.replace(manifest, quantization=quantization, parity=parity.manifest_entries())
+        manifest = dataclasses.replace(
+            manifest, quantization=quantization, parity=parity.manifest_entries(), drift=_drift_info(made)
+        )
         return _Made(manifest, parity, audits=audits)
 
     def report(self, folder: Path, made: _Made) -> int:
         """The reports and the final manifest; the bundle's size in bytes."""
+        if made.manifest.target == "tensorrt":
+            _check_lint(folder)
         facts = report.Facts(
             made.manifest,
             self.plan,
@@ -195,6 +212,7 @@ class _Work:
             made.measured,
             made.examples,
             tuple(line for audit in made.audits.values() for line in audit.describe()),
+            "your data" if self._options.calibration else "the pictures above",
         )
         report.write(folder, facts)
         write_manifest(folder, dataclasses.replace(made.manifest, files=hash_files(folder)))
@@ -246,10 +264,16 @@ def _refusal(made: Quantized) -> str:
 def _quantization(made: Quantized, target: str) -> dict[str, QuantizationInfo]:
     drift = _embedding_drift(made.drift)
     kept = {each.graph: each.kept for each in made.layers}
+    schemes = {each.graph: _what_it_is(each) for each in made.layers}
     return {
         graph: quantization_info(scheme, target, drift.get(graph), kept.get(graph, ()))
-        for graph, scheme in made.schemes.items()
+        for graph, scheme in schemes.items()
     }
+
+
+def _what_it_is(layers: QuantizedLayers) -> Scheme:
+    """A graph's scheme; int8 for an int4 graph whose layers all had to be kept in 8 bits."""
+    return "int8" if layers.eight_bits and not layers.quantized else layers.scheme
 
 
 def _embedding_drift(drift: Drift | None) -> dict[str, dict[str, float]]:
@@ -273,6 +297,14 @@ def _check_canary(folder: Path, manifest: Manifest) -> None:
         result = compare(manifest.canary, *model.canary_answers(manifest.canary))
     if not result.ok:
         raise VerificationError(f"{result.message}. Nothing was published")
+
+
+def _check_lint(folder: Path) -> None:
+    """Raises EngineError, which names the node, for what TensorRT would not take."""
+    findings = lint_bundle(Bundle.open(folder))
+    if findings:
+        more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
+        raise EngineError(f"TensorRT would not take it: {findings[0].describe()}{more}")
 
 
 @contextlib.contextmanager

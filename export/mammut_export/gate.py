@@ -26,6 +26,7 @@ from mammut_calibration.table import CalibrationTable
 from mammut_export.precisions import QUANTIZED, SCHEMES
 from mammut_export.quantize import QuantizedLayers, higher_scheme, write_quantized
 from mammut_export.range_audit import PICTURES, Audit, audit, drawn_feeds
+from mammut_export.samples import Sample
 from mammut_export.sensitivity import LayerSensitivity, rank_layers
 from mammut_export.typed_bundle import write_typed
 from mammut_runtime.bundle import Bundle
@@ -34,9 +35,9 @@ from mammut_runtime.errors import InputError
 from mammut_runtime.manifest import GraphInfo, Scheme
 
 FIRST_KEPT = 2
-"""Layers that are kept in floating point after the first failure; then twice as many, and so on."""
+"""Layers that are kept higher after the first failure; then twice as many, and so on."""
 MOST_KEPT_BY_AUTO = 0.25
-"""Share of a graph's layers: with more kept in floating point, `auto` takes the graph's next precision."""
+"""Share of all layers: with more kept higher, `auto` takes the next precision of a graph at fault."""
 WARM_UP, TIMED_RUNS = 3, 15
 _AT_FAULT = {
     "embedding_cosine_mean": ("vision",),
@@ -62,8 +63,8 @@ class Round:
     schemes: dict[str, Scheme]
     kept: int
     """Layers kept higher on purpose."""
-    keep_as: Scheme
-    """What these became."""
+    keep_as: dict[str, Scheme]
+    """Graph → what these became."""
     failures: tuple[str, ...]
     """In words; empty if it passed."""
 
@@ -115,16 +116,18 @@ class Gate:
         limits: DriftLimits | None = None,
         table: CalibrationTable | None = None,
         options: EngineOptions | None = None,
+        pictures: Sequence[Sample] = (),
         progress: Callable[[str], None] = lambda step: None,
     ) -> None:
         """reference: float32, for an engine of this machine. data: pictures to calibrate and to judge with, or None.
-        table: a calibration of the reference that was made before. options: for all engines."""
+        table: a calibration of the reference that was made before. options: for all engines. pictures: to
+        audit ranges with where there are no data."""
         self._reference, self._target, self._complete = reference, target, complete
         parts: tuple[Dataset, Dataset] | tuple[None, None] = data.split() if data is not None else (None, None)
         self._calibration: Dataset | None = parts[0]
         self._held_out: Dataset | None = parts[1]
         self._limits, self._table = limits or DriftLimits(), table
-        self._options, self._progress = options or EngineOptions(), progress
+        self._options, self._progress, self._pictures = options or EngineOptions(), progress, tuple(pictures)
         self._before: Behaviour | None = None
         self._feeds: dict[str, list[Feeds]] | None = None
         self._rounds: list[Round] = []
@@ -132,6 +135,11 @@ class Gate:
         """Graph → which nodes stay in float32 and why; only for tensorrt."""
         if table is not None:
             table.check_fits(reference)
+            if self._calibration is not None and table.header.data_hash != self._calibration.content_hash:
+                raise InputError(
+                    "the calibration table was made from other pictures than --calibration leaves for it, so it may "
+                    "know those that are to judge; run mammut-calibrate on the same data, with its usual --held-out"
+                )
 
     def make(self, folder: Path, schemes: Mapping[str, Scheme], *, most_kept: float = 1.0) -> Quantized:
         """Write the bundle into `folder`, whose files are replaced; the last attempt stays there, passed or not.
@@ -139,8 +147,8 @@ class Gate:
         most_kept: share of the layers that may be kept higher to pass. Layers of int4 graphs become 8 bits first, where
         the target has that, and floating point if it does not help.
         """
-        made = self._attempt(folder, schemes, {}, "fp32")
-        if made.drift is None or not made.failures:
+        made = self._attempt(folder, schemes, {}, {})
+        if made.drift is None or not made.failures or not QUANTIZED & set(schemes.values()):
             return made
         self._progress("looking for the layers that hurt")
         ranking = self._rank(schemes)
@@ -162,30 +170,51 @@ class Gate:
             write_quantized(self._reference, Path(scratch), schemes, self._target, self._ranges(set(schemes.values())))
             return rank_layers(self._reference, Path(scratch), schemes, self._recorded(), threads=self._options.threads)
 
-    def _higher(self, schemes: Mapping[str, Scheme]) -> tuple[Scheme, ...]:
-        """What kept layers become, in order of trying."""
-        quantized = sorted(QUANTIZED & set(schemes.values()))
-        if len(quantized) > 1:
-            return ("fp32",)
-        first = higher_scheme(quantized[0], self._target, self._calibration is not None)
-        return ("fp32",) if first == "fp32" else (first, "fp32")
+    def _higher(self, schemes: Mapping[str, Scheme]) -> tuple[dict[str, Scheme], ...]:
+        """What kept layers of each graph become, in order of trying."""
+        calibrated = self._calibration is not None
+        first = {graph: higher_scheme(scheme, self._target, calibrated) for graph, scheme in schemes.items()}
+        last: dict[str, Scheme] = dict.fromkeys(schemes, "fp32")
+        return (last,) if first == last else (first, last)
 
     def make_fastest(self, folder: Path) -> Quantized:
         """As `make`, each graph in the precision that is fastest here among those with which the gate is passed."""
-        times = self._time_all()
+        times = list(self._time_all())
         order: dict[str, list[Scheme]] = {name: [] for name in self._reference.manifest.graphs}
         for each in sorted(times, key=lambda each: each.milliseconds):
             order[each.graph].append(each.scheme)
         while True:
             schemes = {graph: fastest[0] for graph, fastest in order.items()}
-            made = dataclasses.replace(self.make(folder, schemes, most_kept=MOST_KEPT_BY_AUTO), times=times)
-            slower = next((graph for graph in _at_fault(made) if order[graph][0] != "fp32"), None)
-            if not made.failures or slower is None:
+            made = dataclasses.replace(self.make(folder, schemes, most_kept=MOST_KEPT_BY_AUTO), times=tuple(times))
+            slower = self._not_the_fastest(folder, made, times)
+            if made.failures:
+                slower = next((graph for graph in _at_fault(made) if order[graph][0] != "fp32"), None)
+            if slower is None:
                 return made
             order[slower].pop(0)
 
+    def _not_the_fastest(self, folder: Path, made: Quantized, times: list[GraphTime]) -> str | None:
+        """A graph that, with the layers that were kept higher, is slower than it is in its next precision."""
+        kept = [each for each in made.layers if each.kept and made.rounds[-1].kept]
+        for each in kept:
+            rest = [t for t in times if t.graph == each.graph and t.scheme != each.scheme]
+            before = next(t for t in times if t.graph == each.graph and t.scheme == "fp32")
+            paths: dict[Scheme, Path] = {
+                "fp32": self._reference.graph_path(each.graph),
+                each.scheme: folder / made.graphs[each.graph].file,
+            }
+            now = _time_graph(each.graph, paths, self._target, self._recorded()[each.graph][-1], self._options)
+            share = now[1].milliseconds / now[0].milliseconds
+            if each.scheme != "fp32" and any(t.milliseconds / before.milliseconds < share for t in rest):
+                return each.graph
+        return None
+
     def _attempt(
-        self, folder: Path, schemes: Mapping[str, Scheme], keep: Mapping[str, frozenset[str]], keep_as: Scheme
+        self,
+        folder: Path,
+        schemes: Mapping[str, Scheme],
+        keep: Mapping[str, frozenset[str]],
+        keep_as: Mapping[str, Scheme],
     ) -> Quantized:
         for each in folder.iterdir():
             each.unlink()
@@ -193,13 +222,17 @@ class Gate:
         self._complete(folder, graphs, schemes)
         drift = self._judge(folder)
         failures = tuple(map(str, drift.failures(self._limits))) if drift else ()
-        self._rounds.append(Round(dict(schemes), _count(keep), keep_as, failures))
+        self._rounds.append(Round(dict(schemes), _count(keep), dict(keep_as), failures))
         return Quantized(dict(schemes), graphs, layers, drift, self._limits, tuple(self._rounds), (), ())
 
     def _write(
-        self, folder: Path, schemes: Mapping[str, Scheme], keep: Mapping[str, frozenset[str]], keep_as: Scheme
+        self,
+        folder: Path,
+        schemes: Mapping[str, Scheme],
+        keep: Mapping[str, frozenset[str]],
+        keep_as: Mapping[str, Scheme],
     ) -> tuple[dict[str, GraphInfo], tuple[QuantizedLayers, ...]]:
-        table = self._ranges({*schemes.values(), *([keep_as] if keep else [])})
+        table = self._ranges({*schemes.values(), *(keep_as[graph] for graph in keep)})
         if self._target != "tensorrt":
             return write_quantized(
                 self._reference,
@@ -244,7 +277,7 @@ class Gate:
         if self._feeds is None:
             threads = self._options.threads
             if self._calibration is None:
-                self._feeds = drawn_feeds(self._reference, threads=threads)
+                self._feeds = drawn_feeds(self._reference, self._pictures, threads=threads)
             else:
                 self._feeds = record_feeds(self._reference, self._calibration, PICTURES, threads=threads)
         return self._feeds
@@ -295,7 +328,7 @@ def _at_fault(made: Quantized) -> list[str]:
     """Quantized graphs that can have caused the failures, the likeliest first."""
     failed = made.drift.failures(made.limits) if made.drift else ()
     graphs = dict.fromkeys(graph for failure in failed for graph in _AT_FAULT[failure.measure])
-    quantized = {each.graph for each in made.layers if each.quantized}
+    quantized = {each.graph for each in made.layers if each.quantized or each.eight_bits}
     return [graph for graph in graphs if graph in quantized]
 
 

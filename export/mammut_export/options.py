@@ -53,6 +53,12 @@ class ExportOptions:
             raise InputError(f"max_tokens: expected at least 1, got {self.max_tokens}")
         if self.table is not None and "int8" not in schemes.values() and not self.auto:
             raise InputError("a calibration table is used by int8 and auto only; leave it out")
+        used = self.quantized or (self.target == "tensorrt" and self.precision != "fp32")
+        if self.calibration and not used:
+            raise InputError(
+                f"--calibration is for quantized precisions, and {self.precision} is not; leave it out, or check with "
+                f"your pictures by --pictures"
+            )
         if self.auto and self.target == "tensorrt":
             raise InputError(
                 "precision auto measures on this machine, and TensorRT builds on the device; choose fp16, int8 or int4"

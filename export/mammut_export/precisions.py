@@ -69,6 +69,8 @@ def _scheme(name: str, target: str) -> Scheme:
     for scheme in SCHEMES[target]:
         if name == scheme:
             return scheme
+    if name == AUTO:
+        raise InputError(f"precision: {AUTO} is for all graphs together; give it alone")
     raise InputError(
         f"precision: expected one of {', '.join(SCHEMES[target])} or {AUTO} for target {target}, got {name!r}"
     )

@@ -121,7 +121,7 @@ def write_quantized(
     *,
     method: Method = "minmax",
     keep: Mapping[str, frozenset[str]] | None = None,
-    keep_as: Scheme = "fp32",
+    keep_as: Mapping[str, Scheme] | None = None,
     block: int = INT4_BLOCK,
     finish: Callable[[ir.Model, str, Scheme], None] | None = None,
     progress: Callable[[str], None] = lambda step: None,
@@ -129,9 +129,9 @@ def write_quantized(
     """Write every graph of a float32 bundle, quantized, and one weights.bin into a folder; no manifest.
 
     schemes: graph -> scheme; a graph that is not named stays float32. table: needed where a scheme is int8.
-    keep: graph -> layers that are not to be in its scheme; keep_as, block: as in quantize_graph. finish: is given
-    each graph, its name and scheme before it is stored, and may change it and its types. Raises InputError for what
-    does not fit together.
+    keep: graph -> layers that are not to be in its scheme. keep_as: graph -> what they become; fp32 where it is not
+    named. block: as in quantize_graph. finish: is given each graph, its name and scheme before it is stored, and may
+    change it and its types. Raises InputError for what does not fit together.
     """
     keep = keep or {}
     _check_request(reference, schemes, target, table, keep)
@@ -143,9 +143,10 @@ def write_quantized(
             progress(f"quantizing {name} to {scheme}")
             model = ir.load(reference.graph_path(name))
             kept = keep.get(name, frozenset())
-            asked = scheme == "int8" or (kept and keep_as == "int8")
+            higher = (keep_as or {}).get(name, "fp32")
+            asked = scheme == "int8" or (kept and higher == "int8")
             ranges = table.ranges(name, method) if table is not None and asked else None
-            reports.append(quantize_graph(model, name, scheme, target, ranges, kept, keep_as=keep_as, block=block))
+            reports.append(quantize_graph(model, name, scheme, target, ranges, kept, keep_as=higher, block=block))
             if finish is not None:
                 finish(model, name, scheme)
             move_to_store(model, store)

@@ -29,7 +29,7 @@ from mammut_calibration.activations import activation_names, read_graph
 from mammut_calibration.data import Dataset, Sample
 from mammut_calibration.feeds import Feeds, record_feeds
 from mammut_calibration.observe import ObservedEngine
-from mammut_export import half_arithmetic
+from mammut_export import half_arithmetic, samples
 from mammut_export.samples import TEXTS, drawn_samples
 from mammut_export.typed import SMALLEST_NORMAL_HALF, structural_islands
 from mammut_export.weights import LARGEST_HALF
@@ -114,14 +114,17 @@ def audit(
     return found
 
 
-def drawn_feeds(reference: Bundle, *, threads: int = 0) -> dict[str, list[Feeds]]:
-    """Inputs for an audit without the user's pictures: the drawn ones that an export is checked with.
+def drawn_feeds(
+    reference: Bundle, pictures: Sequence[samples.Sample] = (), *, threads: int = 0
+) -> dict[str, list[Feeds]]:
+    """Inputs for an audit without the user's data: the pictures that an export is checked with, drawn ones if none.
 
-    They are poor judges of what photographs do to a model; a report must say that they were used.
+    Drawn ones are poor judges of what photographs do to a model; a report must say that they were used.
     """
     texts = itertools.cycle(TEXTS)
-    samples = [Sample(each.name, each.pixels, (next(texts),)) for each in drawn_samples()]
-    return record_feeds(reference, cast(Dataset, samples), len(samples), threads=threads)
+    shown = pictures[:PICTURES] or drawn_samples()
+    found = [Sample(each.name, each.pixels, (next(texts),)) for each in shown]
+    return record_feeds(reference, cast(Dataset, found), len(found), threads=threads)
 
 
 def audit_graph(path: Path, name: str, feeds: Sequence[Feeds], *, threads: int = 0) -> Audit:

@@ -59,6 +59,8 @@ class Facts:
     examples: tuple[Example, ...] = ()
     islands: tuple[str, ...] = ()
     """For TensorRT: what computes in float32 among float16, and why, in lines."""
+    audited_on: str = ""
+    """What the islands were found on."""
 
     @property
     def bundle_bytes(self) -> int:
@@ -66,14 +68,20 @@ class Facts:
         return sum(file.size_bytes for file in self.manifest.files.values())
 
     @property
+    def unique_weight_bytes(self) -> int:
+        """Counted in the graphs where they were measured, else planned."""
+        counted = self.measured[1].figures["unique_weight_bytes"] if self.measured else self.plan.unique_weight_bytes
+        return int(counted)
+
+    @property
     def weight_ratio(self) -> float:
         """weights.bin over the unique weights."""
-        return self.manifest.files[WEIGHTS_FILE].size_bytes / self.plan.unique_weight_bytes
+        return self.manifest.files[WEIGHTS_FILE].size_bytes / self.unique_weight_bytes
 
     @property
     def bundle_ratio(self) -> float:
         """The bundle over the unique weights."""
-        return self.bundle_bytes / self.plan.unique_weight_bytes
+        return self.bundle_bytes / self.unique_weight_bytes
 
 
 def write(folder: Path, facts: Facts) -> None:
@@ -95,7 +103,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
         "sizes": {
             "files_bytes": {name: file.size_bytes for name, file in manifest.files.items()},
             "bundle_bytes": facts.bundle_bytes,
-            "unique_weight_bytes": plan.unique_weight_bytes,
+            "unique_weight_bytes": facts.unique_weight_bytes,
             "separate_weight_bytes": plan.separate_weight_bytes,
             "bundle_over_unique_weights": round(facts.bundle_ratio, 4),
             "expected_resident_bytes": plan.resident_bytes,
@@ -112,7 +120,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
         },
         "captions": to_dict(parity.captions),
         "quantization": _quantization_json(facts),
-        "float32_islands": list(facts.islands),
+        "float32_islands": {"audited_on": facts.audited_on, "found": list(facts.islands)},
         "timings_ms": {timing.what: round(timing.milliseconds, 3) for timing in parity.timings},
         "export_s": {step: round(seconds, 2) for step, seconds in facts.export_seconds.items()},
     }
@@ -207,8 +215,17 @@ def _gate(facts: Facts) -> Iterable[str]:
         )
         yield _table(("measure", "value", "limit", ""), rows)
     yield "<h3>Layers</h3>"
-    kinds = ((each.graph, each.scheme, str(len(each.quantized)), ", ".join(each.kept)) for each in made.layers)
-    yield _table(("graph", "precision", "quantized layers", "kept in floating point"), kinds)
+    kinds = (
+        (
+            each.graph,
+            each.scheme,
+            str(len(each.quantized)),
+            ", ".join(each.eight_bits),
+            ", ".join(name for name in each.kept if name not in each.eight_bits),
+        )
+        for each in made.layers
+    )
+    yield _table(("graph", "precision", "layers in it", "kept in 8 bits", "in floating point"), kinds)
     yield from _how_it_was_found(made)
     yield from _before_and_after(facts.examples)
 
@@ -303,7 +320,9 @@ def _parity(parity: Parity) -> Iterable[str]:
 
 def _islands(facts: Facts) -> Iterable[str]:
     if facts.islands:
-        yield "<h2>Float32 among float16</h2><p>Found by computing each node in float16 on pictures.</p>"
+        yield "<h2>Float32 among float16</h2>"
+        yield f"<p>Found by computing each node in float16 on {escape(facts.audited_on)}. TensorRT takes every graph, "
+        yield "as far as a lint can tell.</p>"
         yield "<details><summary>all</summary><ul>"
         yield from (f"<li>{escape(line)}</li>" for line in facts.islands)
         yield "</ul></details>"
@@ -315,7 +334,7 @@ def _sizes(facts: Facts) -> Iterable[str]:
     rows = [(name, f"{file.size_bytes:,}") for name, file in facts.manifest.files.items()]
     rows += [
         ("together, without this report", f"{facts.bundle_bytes:,}"),
-        ("unique weights", f"{plan.unique_weight_bytes:,}"),
+        ("unique weights", f"{facts.unique_weight_bytes:,}"),
         ("the first over the second", f"{facts.bundle_ratio:.4f}"),
     ]
     yield _table(("file", "bytes"), rows)

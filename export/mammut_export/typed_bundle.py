@@ -26,7 +26,7 @@ def write_typed(
     *,
     method: Method = "minmax",
     keep: Mapping[str, frozenset[str]] | None = None,
-    keep_as: Scheme = "fp32",
+    keep_as: Mapping[str, Scheme] | None = None,
     block: int = INT4_BLOCK,
     progress: Callable[[str], None] = lambda step: None,
 ) -> tuple[dict[str, GraphInfo], tuple[QuantizedLayers, ...]]:

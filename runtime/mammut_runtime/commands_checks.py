@@ -58,8 +58,9 @@ def verify(settings: ModelSettings, folder: Path | None, as_json: bool) -> None:
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path), metavar="[BUNDLES]...")
 @click.option("--bundle", "more", multiple=True, type=click.Path(path_type=Path), help="The same as BUNDLES.")
 @click.option("--threads", type=int, default=0, help="Threads per graph; 0 takes the physical cores. Default: 0.")
+@click.option("--engine", help="onnxruntime runs bundles of every target. Default: the bundle's own.")
 @json_option
-def doctor(bundles: Sequence[Path], more: Sequence[Path], threads: int, as_json: bool) -> int:
+def doctor(bundles: Sequence[Path], more: Sequence[Path], threads: int, engine: str | None, as_json: bool) -> int:
     """Report what this machine has and whether bundles work.
 
     Versions, engines, processor, memory; and for each bundle whether it computes here what it should.
@@ -71,7 +72,7 @@ def doctor(bundles: Sequence[Path], more: Sequence[Path], threads: int, as_json:
     if not places:
         installed = [Path(each) for each in (os.environ.get(BUNDLE_VARIABLE),) if each]
         places = installed + [DEFAULT_BUNDLE] * DEFAULT_BUNDLE.exists()
-    report = examine(find_bundles(places), EngineOptions(threads=threads))
+    report = examine(find_bundles(places), EngineOptions(threads=threads, engine=engine))
     if as_json:
         console.echo_json(report.to_dict())
     else:

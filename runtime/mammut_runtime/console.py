@@ -20,7 +20,9 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -37,6 +39,7 @@ T = TypeVar("T")
 EXIT_USAGE = 2
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 EXIT_BROKEN_PIPE = 141
 
 _HELP_WANTED: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
@@ -53,6 +56,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     A callback may return an int: it becomes the exit code (any other value, None included, means 0).
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    _clean_up_when_terminated()
     try:
         # Not command.main: it hides a broken pipe behind the exit code 1, which means something else here.
         with command.make_context(_program_name(command, arguments), given) as context:
@@ -62,6 +66,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
+    except _Terminated:
+        return EXIT_TERMINATED
     except BrokenPipeError:
         return _leave_broken_pipe()
     except click.UsageError as problem:
@@ -72,6 +78,20 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     except Exception as problem:
         return _report(problem)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _clean_up_when_terminated() -> None:
+    """Let SIGTERM unwind the program, as ctrl-C does, so that half-made folders are removed."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
 
 
 def _program_name(command: click.Command, arguments: Sequence[str] | None) -> str | None:

@@ -163,10 +163,11 @@ def examine_bundle(path: Path, options: EngineOptions | None = None) -> BundleRe
     size_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     try:
+        warnings = lint_warnings(Bundle.open(path, verify=False))  # first: it needs no engine and no GPU
         with Model.load(path, options) as model:
             manifest = model.manifest
             name, target, precision = manifest.model.name, manifest.target, manifest.precision
-            size_bytes, warnings = bundle_bytes(path), (*drift_warnings(manifest), *lint_warnings(model.bundle))
+            size_bytes, warnings = bundle_bytes(path), (*drift_warnings(manifest), *warnings)
             canary = model.replay_canary().message
     except VerificationError as problem:
         return BundleReport(str(path), name, target, precision, size_bytes, False, str(problem), None, warnings, 1)
@@ -186,12 +187,13 @@ def drift_warnings(manifest: Manifest) -> tuple[str, ...]:
 
 
 def lint_warnings(bundle: Bundle) -> tuple[str, ...]:
-    """What TensorRT will not take of a bundle that is for it, a line for each node."""
+    """What TensorRT will not take of a bundle that is for it: a line for each node, or for each graph that it takes."""
     if bundle.manifest.target != "tensorrt":
         return ()
     from mammut_runtime.tensorrt_lint import lint_bundle
 
-    return tuple(finding.describe() for finding in lint_bundle(bundle))
+    findings = lint_bundle(bundle)
+    return tuple(f"TensorRT: {finding.describe()}" for finding in findings)
 
 
 def bundle_bytes(path: Path) -> int:

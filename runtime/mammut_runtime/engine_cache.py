@@ -166,6 +166,8 @@ class EngineCache:
                 data = file.read()
         except FileNotFoundError:
             return None
+        except NotADirectoryError as error:
+            raise EngineError(f"{path.parent}: is not a folder; give another one with --engine-cache") from error
         except OSError as error:
             raise EngineError(f"{path}: cannot be read: {error.strerror}; build it again: mammut-run build") from error
         key = self._device_key(make=False)

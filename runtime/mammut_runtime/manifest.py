@@ -180,7 +180,7 @@ class QuantizationInfo:
     drift: Annotated[dict[str, Annotated[float, Between(0, 1e6)]], Length(0, 64)]
     """Output → mean of 1 - cosine against float32 on the data the user gave; empty if not measured."""
     kept: Annotated[tuple[Line, ...], Length(0, 4096)] = ()
-    """Layers of this graph that stayed in floating point."""
+    """Layers of this graph that are in a higher precision than `weights` says: in 8 bits or in floating point."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,10 @@ class InputProfile:
     minimum: Annotated[tuple[Annotated[int, Between(0, 2_000_000)], ...], Length(0, 8)]
     optimum: Annotated[tuple[Annotated[int, Between(0, 2_000_000)], ...], Length(0, 8)]
     maximum: Annotated[tuple[Annotated[int, Between(0, 2_000_000)], ...], Length(0, 8)]
+
+
+ROUNDING = 1e-9
+"""A cosine of equal vectors may be this much below 1."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ class DriftInfo:
         return tuple(
             f"{name} is {value:.4f}, expected at least {self.limits[name]:.4f}"
             for name, value in self.measures.items()
-            if name in self.limits and not value >= self.limits[name]
+            if name in self.limits and not value >= self.limits[name] - ROUNDING
         )
 
 

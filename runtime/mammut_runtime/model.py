@@ -218,15 +218,17 @@ class Model:
     def see(self, tokens: Floats, embedding: Floats) -> Seen:
         """A Seen from what the vision graph gave before (kept, or computed elsewhere).
 
-        tokens: float32[N, Wv]; embedding: float32[E]. Raises InputError for other shapes.
+        tokens: float32[N, Wv], or float16 in a bundle that passes these between its graphs; embedding: float32[E].
+        Raises InputError for other shapes.
         """
         model = self.manifest.model
+        (dtype,) = (each.dtype for each in self.manifest.graphs["vision"].outputs if each.name == "tokens")
         if tokens.shape != (model.image_tokens, model.vision_width) or embedding.shape != (model.embed_dim,):
             raise InputError(
                 f"expected tokens [{model.image_tokens}, {model.vision_width}] and an embedding [{model.embed_dim}], "
                 f"got {list(tokens.shape)} and {list(embedding.shape)}; they must come from this bundle"
             )
-        return Seen(self, np.asarray(tokens, np.float32), np.asarray(embedding, np.float32))
+        return Seen(self, np.asarray(tokens, dtype), np.asarray(embedding, np.float32))
 
     def canary_answers(self, canary: Canary) -> tuple[Floats | None, Floats | None, tuple[int, ...] | None]:
         """What this model makes of the canary's inputs: picture embedding, text embedding, greedy caption's ids.

@@ -18,8 +18,10 @@ from mammut_runtime import console
 from mammut_runtime.bundle import Bundle
 from mammut_runtime.canary import canary_picture
 from mammut_runtime.doctor import examine_bundle
-from mammut_runtime.errors import VerificationError
+from mammut_runtime.engines import EngineOptions
+from mammut_runtime.errors import EngineError, VerificationError
 from mammut_runtime.model import Model
+from mammut_runtime.tensorrt_lint import lint_bundle
 
 LOOSE = DriftLimits(*[-1.0] * 9)
 IMPOSSIBLE = DriftLimits(*[1.0] * 9)
@@ -64,6 +66,38 @@ def test_int8(tiny: Checkpoint, traced_once: None, pictures: Path, tmp_path: Pat
     assert {"encode_ms", "caption_ms", "peak_memory_bytes"} <= measured["float32"].keys()
     page = (made.path / "report.html").read_text()
     assert "Captions before and after" in page and "&lt;b&gt;" in page and "<b>0" not in page
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_for_tensorrt(tiny: Checkpoint, traced_once: None, pictures: Path, tmp_path: Path, precision: str) -> None:
+    """Typed, with profiles, lint clean; everything runs on ONNX Runtime when asked to."""
+    more: dict[str, object] = {"calibration": ()} if precision == "fp32" else {}
+    made = export(tiny, tmp_path / "bundle", options(pictures, target="tensorrt", precision=precision, **more))
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    bundle = Bundle.open(made.path)
+    manifest = bundle.manifest
+    kinds = {each.dtype for info in manifest.graphs.values() for each in info.inputs if "past" in each.name}
+    assert kinds == {"float32" if precision == "fp32" else "float16"}
+    assert manifest.profiles.keys() == manifest.graphs.keys() and lint_bundle(bundle) == ()
+    assert bool(manifest.parity) == (precision in ("fp32", "fp16"))
+    on_cpu = EngineOptions(threads=1, engine="onnxruntime")
+    with Model.load(made.path, on_cpu) as model:
+        seen = model.encode(canary_picture(3, (50, 60)))
+        again = model.see(seen.tokens, seen.embedding)
+        assert seen.match(["a cat", "a dog"]) and again.caption().ids == seen.caption().ids
+    report = examine_bundle(made.path, on_cpu)
+    assert report.ok and report.warnings == ()
+    islands = json.loads((made.path / "report.json").read_text())["float32_islands"]
+    assert bool(islands["found"]) == (precision != "fp32")
+    with pytest.raises(EngineError, match="mammut-run build|--engine onnxruntime"):
+        Model.load(made.path)
+
+
+def test_fp16_for_tensorrt_is_judged_too(tiny: Checkpoint, traced_once: None, pictures: Path, tmp_path: Path) -> None:
+    wanted = options(pictures, target="tensorrt", precision="fp16", limits=DriftLimits(embedding_cosine_min=1.0))
+    with pytest.raises(VerificationError, match="embedding_cosine_min"):
+        export(tiny, tmp_path / "bundle", wanted)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_by_graph(tiny: Checkpoint, traced_once: None, pictures: Path, tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ import numpy as np
 import onnx
 import pytest
 
+from mammut_calibration.collect import calibrate
 from mammut_calibration.data import Dataset, open_dataset
 from mammut_calibration.drift import DriftLimits
 from mammut_calibration.layers import layer_errors
 from mammut_export import gate as module
 from mammut_export.gate import Gate
+from mammut_export.measure import here
 from mammut_runtime.bundle import Bundle, hash_files, write_manifest
 from mammut_runtime.canary import canary_picture
-from mammut_runtime.engines import EngineOptions
 from mammut_runtime.errors import InputError
 from mammut_runtime.manifest import TOKENIZER_FILE, GraphInfo, Scheme
 
@@ -27,7 +28,6 @@ TINY = Path(__file__).parent.parent / "data" / "tiny-bundle"
 GRAPHS = ("vision", "text", "memory", "decoder")
 LOOSE = DriftLimits(*[-1.0] * 9)
 IMPOSSIBLE = dataclasses.replace(LOOSE, embedding_cosine_mean=1.0)
-ONE = EngineOptions(threads=1)
 
 
 def folder_of_pictures(folder: Path, count: int) -> Path:
@@ -54,12 +54,15 @@ def gate(reference: Bundle, data: Dataset | None, limits: DriftLimits, target: s
     def complete(folder: Path, graphs: Mapping[str, GraphInfo], schemes: Mapping[str, Scheme]) -> None:
         (folder / TOKENIZER_FILE).write_bytes((TINY / TOKENIZER_FILE).read_bytes())
         files = hash_files(folder)
-        write_manifest(
-            folder,
-            dataclasses.replace(reference.manifest, target=target, graphs=dict(graphs), files=files),  # type: ignore[arg-type]
+        manifest = dataclasses.replace(
+            reference.manifest,
+            target=target,  # type: ignore[arg-type]
+            graphs=dict(graphs),
+            files=files,
         )
+        write_manifest(folder, manifest)
 
-    return Gate(reference, target, data, complete, limits=limits, options=ONE)
+    return Gate(reference, target, data, complete, limits=limits, options=here(target, 1))
 
 
 @pytest.fixture
@@ -83,17 +86,27 @@ def test_passes(reference: Bundle, data: Dataset, folder: Path, scheme: Scheme, 
     assert Bundle.open(folder).path == folder
 
 
-def test_layers_are_kept_until_it_passes(reference: Bundle, data: Dataset, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "target"), [("int8", "onnxruntime"), ("int4", "onnxruntime"), ("int4", "openvino"), ("int8", "tensorrt")]
+)
+def test_layers_are_kept_until_it_passes(
+    reference: Bundle, data: Dataset, folder: Path, scheme: Scheme, target: str
+) -> None:
     """Only float32 has a cosine of 1: every layer of the graph at fault must end up kept, in ever larger steps, and
     the graphs that are not at fault stay quantized."""
+    if target == "openvino":
+        pytest.importorskip("openvino")
     limits = dataclasses.replace(LOOSE, embedding_cosine_min=1 - 1e-6)
-    made = gate(reference, data, limits).make(folder, dict.fromkeys(GRAPHS, "int8"))
+    made = gate(reference, data, limits, target).make(folder, dict.fromkeys(GRAPHS, scheme))
     assert not made.failures
     kept = [each.kept for each in made.rounds]
-    assert kept == sorted(kept) and kept[:3] == [0, 2, 6] and made.rounds[0].failures
+    assert kept[:3] == [0, 2, 6] and made.rounds[0].failures
+    assert made.rounds[-1].keep_as["vision"] == "fp32"
+    if scheme == "int4":  # 8 bits were tried first
+        assert made.rounds[1].keep_as["vision"] in ("int8", "int8-dynamic")
     by_graph = {each.graph: each for each in made.layers}
     assert by_graph["vision"].kept and by_graph["text"].quantized and not by_graph["text"].kept
-    assert [each.graph for each in made.ranking].count("vision") > len(by_graph["vision"].quantized)
+    assert len(by_graph["vision"].kept) > len(by_graph["vision"].quantized)
 
 
 def test_control_of_keeping(reference: Bundle, data: Dataset, folder: Path) -> None:
@@ -127,7 +140,7 @@ def test_one_broken_scale_is_caught_and_named(
 
     def wrong(*args: object, **more: object) -> object:
         result = right(*args, **more)  # type: ignore[arg-type]
-        broken.append(break_scale(folder, graph, result[1]))
+        broken.append(break_scale(Path(str(args[1])), graph, result[1]))
         return result
 
     limits = dataclasses.replace(LOOSE, **limit)
@@ -174,6 +187,44 @@ def test_auto_takes_the_fastest_that_passes(
     assert not made.failures
     assert made.schemes == {"vision": "fp32", "text": "int8", "memory": "int8", "decoder": "int8"}
     assert len(made.times) == 4 * len(GRAPHS)
+
+
+def test_auto_times_again_what_was_kept_higher(
+    reference: Bundle, data: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int4 is the fastest until layers have to be kept for it to pass; the next precision is faster then."""
+    speeds = {"fp32": 9.0, "int8": 3.0, "int8-dynamic": 4.0, "int4": 1.0}
+    timed_again: set[str] = set()
+
+    def timed(name: str, paths: Mapping[Scheme, Path], *_: object) -> list[module.GraphTime]:
+        slower = 5.0 if len(paths) == 2 else 0.0  # a pair is a graph that is timed again
+        timed_again.update([name] if slower else [])
+        return [module.GraphTime(name, scheme, speeds[scheme] + slower * (scheme == "int4")) for scheme in paths]
+
+    monkeypatch.setattr(module, "_time_graph", timed)
+    monkeypatch.setattr(module, "MOST_KEPT_BY_AUTO", 1.0)
+    control = gate(reference, data, LOOSE).make_fastest(folder)
+    assert control.schemes["vision"] == "int4" and not timed_again
+    limits = dataclasses.replace(LOOSE, embedding_cosine_min=0.98)
+    made = gate(reference, data, limits).make_fastest(folder)
+    assert not made.failures and "vision" in timed_again
+    assert made.schemes == {"vision": "int8", "text": "int4", "memory": "int4", "decoder": "int4"}
+
+
+def test_auto_where_nothing_passes_but_float32(reference: Bundle, data: Dataset, folder: Path) -> None:
+    made = gate(reference, data, DriftLimits(*[1.0] * 9)).make_fastest(folder)
+    assert not made.failures and set(made.schemes.values()) <= {"fp32", "int8", "int8-dynamic", "int4"}
+    assert made.schemes["vision"] == "fp32"
+
+
+def test_a_table_of_the_pictures_that_judge_is_refused(reference: Bundle, data: Dataset) -> None:
+    """The control is a table of the other part."""
+    calibration, held_out = data.split()
+    table = calibrate(reference, calibration)
+    Gate(reference, "onnxruntime", data, lambda *_: None, table=table)
+    other = dataclasses.replace(table.header, data_hash=held_out.content_hash)
+    with pytest.raises(InputError, match="made from other pictures than --calibration leaves"):
+        Gate(reference, "onnxruntime", data, lambda *_: None, table=dataclasses.replace(table, header=other))
 
 
 def test_auto_measures(reference: Bundle, data: Dataset, folder: Path) -> None:

@@ -137,7 +137,8 @@ class OpenVinoEngine:
     def _check_placement(self) -> None:
         """Compiled for one device, it must be there."""
         found = [str(each) for each in self._compiled.get_property("EXECUTION_DEVICES")]
-        if any(each.split(".")[0] != self._device.split(".")[0] for each in found):
+        wrong = [each for each in found if each != self._device and each.split(".")[0] != self._device]
+        if wrong:
             raise EngineError(f"{self._name}: asked for {self._device}, OpenVINO would run it on {', '.join(found)}")
 
 

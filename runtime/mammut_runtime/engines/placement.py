@@ -60,7 +60,7 @@ def size_nodes(model: bytes, where: str) -> frozenset[str]:
             constants |= outputs
         elif kind in ("Shape", "Size") or (inputs & sizes and inputs <= sizes | constants):
             sizes |= outputs
-            found.add(name)
+            found |= {name} - {""}  # what has no name cannot be told from others, so it is not excused
     return frozenset(found)
 
 

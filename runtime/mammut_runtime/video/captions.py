@@ -56,7 +56,11 @@ def caption_video(
     if not 0 <= start_s < last_s:
         raise InputError(f"expected 0 <= start_s < end_s, got {start_s} and {end_s}")
     with Clip.open(path) as clip:
-        yield from merged(caption_scenes(model, clip, options, (), start_s, last_s), options.merge)
+        cue = None
+        for cue in merged(caption_scenes(model, clip, options, (), start_s, last_s), options.merge):
+            yield cue
+        if cue is None:
+            raise InputError(f"{path}: no frames from {start_s:g} s on; the clip ends at {clip.end_s:.1f} s")
 
 
 def caption_scenes(
@@ -73,15 +77,20 @@ def caption_scenes(
     Raises InputError if they are of other scenes.
     """
     found = scenes(clip, options.scenes, options.frames_per_scene, start_s, end_s)
+    other = InputError(
+        f"{clip.info.path}: its scenes are not those that were captioned before; begin anew with --overwrite"
+    )
+    count = 0
     for number, scene in enumerate(ahead(found, _SCENES_AHEAD)):
+        count += 1
         if number >= len(known):
             yield describe(model, scene, options.caption)
         elif (known[number].start_ms, known[number].end_ms, known[number].frames) == _place(scene):
             yield known[number]
         else:
-            raise InputError(
-                f"{clip.info.path}: its scenes are not those that were captioned before; begin anew with --overwrite"
-            )
+            raise other
+    if count < len(known):
+        raise other
 
 
 def describe(model: Model, scene: Scene, options: CaptionOptions) -> Cue:

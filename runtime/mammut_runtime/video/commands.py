@@ -212,9 +212,12 @@ def find_video(
     quiet_decoder()
     paths = [job.clip for job in jobs_of(clips)]
     with settings.load() as model:
+        model.embed_texts([text])  # a text that cannot be used is an error now, not after hours of indexing
         with console.Progress("clips", len(paths)) as progress:
             update = update_moments(model, paths, index, rebuild=rebuild, progress=progress)
         hits = MomentIndex.open(index, model).search(text, count, paths)
+    for path, health in update.damaged:
+        console.note(f"note: {path}: {health_note(health)}")
     for each in update.unusable:
         console.note(f"error: {each.reason if str(each.path) in each.reason else f'{each.path}: {each.reason}'}")
     for hit in hits:

@@ -20,6 +20,8 @@ Milliseconds = Annotated[int, Between(0, 10**10)]
 Probability = Annotated[float, Between(0, 1)]
 SUFFIXES = (".srt", ".vtt", ".jsonl")
 VTT_HEAD = "WEBVTT\n\n"
+_ARROW = re.compile(r"-{2,}>")
+"""What a reader of SRT takes for a line of times; with any number of dashes, or replacing it would leave another."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def srt(number: int, cue: Cue) -> str:
     text = _one_line(cue.text)
     if not text:
         return ""
-    return f"{number}\n{_clock(cue.start_ms, ',')} --> {_clock(cue.end_ms, ',')}\n{text.replace('-->', '->')}\n\n"
+    return f"{number}\n{_clock(cue.start_ms, ',')} --> {_clock(cue.end_ms, ',')}\n{_ARROW.sub('->', text)}\n\n"
 
 
 def vtt(cue: Cue) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,8 @@ _MOST_FAILURES = 256
 _LONGEST_GAP_S = 3600.0
 """A timestamp further ahead than this is damaged, not a pause."""
 _USUAL_FPS = 25.0
+_REMEMBERED_STEPS = 9
+"""Steps that the usual one is the median of: one pause, or one damaged timestamp, does not change it."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Clip:
         self._capture, self._limits = capture, limits
         self._frames = self._unreadable = self._repaired = 0
         self._time_s = -1.0
-        self._step_s = 1 / (info.fps or _USUAL_FPS)
+        self._steps_s = deque([1 / (info.fps or _USUAL_FPS)], maxlen=_REMEMBERED_STEPS)
         self._ended = False
 
     @classmethod
@@ -141,8 +144,8 @@ class Clip:
         try:
             if not capture.isOpened():
                 raise InputError(
-                    f"{path}: a {container} file without a video that can be read: its header is damaged or cut off, "
-                    f"or this OpenCV has no decoder for it; try to convert it to H.264 first"
+                    f"{path}: {container} file without a video that can be read: it has no frames, its header is "
+                    f"damaged or cut off, or this OpenCV has no decoder for it; try to convert it to H.264 first"
                 )
             capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
             info = _info(path, container, capture, limits)
@@ -173,7 +176,10 @@ class Clip:
 
         Raises InputError if there are none (a frame that was announced but cannot be converted).
         """
-        whole, pixels = self._capture.retrieve()
+        try:
+            whole, pixels = self._capture.retrieve()
+        except cv2.error as problem:  # no memory for it, for one
+            raise InputError(f"{self.info.path}: frame {self._frames - 1} cannot be converted: {problem.err}") from None
         if not whole or pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise InputError(f"{self.info.path}: frame {self._frames - 1} has no pixels that can be used")
         if pixels.shape[0] * pixels.shape[1] > self._limits.max_pixels:
@@ -195,8 +201,8 @@ class Clip:
 
     @property
     def end_s(self) -> float:
-        """When the frame that `advance` came to ends, if it lasts as long as the one before."""
-        return max(0.0, self._time_s) + self._step_s
+        """When the frame that `advance` came to ends, if it lasts as long as the last few usually did."""
+        return max(0.0, self._time_s) + self._usual_step_s()
 
     def close(self) -> None:
         """Frees the decoder."""
@@ -216,9 +222,10 @@ class Clip:
             self._time_s = time_s if usable else 0.0
         else:
             usable = math.isfinite(time_s) and 0 < time_s - self._time_s < _LONGEST_GAP_S
+            step_s = time_s - self._time_s if usable else self._usual_step_s()
             if usable:
-                self._step_s = time_s - self._time_s
-            self._time_s += self._step_s
+                self._steps_s.append(step_s)
+            self._time_s += step_s
         self._repaired += not usable
         limits = self._limits
         self._frames += 1
@@ -227,6 +234,9 @@ class Clip:
                 f"{self.info.path}: longer than the limit of {limits.max_duration_s:,.0f} s; cut it into parts"
             )
         return Tick(self._frames - 1, self._time_s)
+
+    def _usual_step_s(self) -> float:
+        return sorted(self._steps_s)[(len(self._steps_s) - 1) // 2]
 
 
 def _container(path: Path) -> str:
@@ -311,5 +321,10 @@ def _size(pixels: NDArray[np.uint8]) -> str:
 
 
 def quiet_decoder() -> None:
-    """Keep FFmpeg from writing to stderr. For commands: it sets an environment variable of this process."""
+    """Keep FFmpeg and OpenCV from writing to stderr: what is wrong is in errors and in `Clip.health`.
+
+    For commands: it sets an environment variable and OpenCV's log level, both of the whole process.
+    """
     os.environ.setdefault(QUIET_VARIABLE, "-8")
+    if "OPENCV_LOG_LEVEL" not in os.environ:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -56,7 +56,7 @@ class JournalHeader:
 
 @dataclass(frozen=True)
 class JournalEnd:
-    """The last line: nothing comes any more."""
+    """The last line: every scene is there, and the files were written."""
 
     frames: int
     unreadable: int
@@ -108,7 +108,10 @@ class Journal:
     def finish(self, end: JournalEnd) -> None:
         """Append the end, and see to it that all is on the disk."""
         self._append({"end": to_dict(end)})
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as problem:
+            raise storage_error(problem, self.path) from problem
         self.end = end
 
     def close(self) -> None:
@@ -169,12 +172,18 @@ def _whole_lines(file: BinaryIO, path: Path) -> tuple[list[bytes], int]:
         while line := reader.readline(_LONGEST_LINE):
             text, _, crc = line.rstrip(b"\n").rpartition(b"\t")
             if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
-                if not lines and not line.startswith(b'{"format":'):
+                if not lines and not _may_be_header(line):
                     raise InputError(f"{path}: not a journal of captions; move it away, or give another --out")
                 break
             lines.append(text)
             end += len(line)
     return lines, end
+
+
+def _may_be_header(line: bytes) -> bool:
+    """Whether this is a header, or as much of one as a full disk or a lost power supply may have left."""
+    start = b'{"format":'
+    return line.startswith(start) or start.startswith(line) or not line.strip(b"\0")
 
 
 def _content(lines: Sequence[bytes], header: JournalHeader, path: Path) -> tuple[list[Cue], JournalEnd | None]:

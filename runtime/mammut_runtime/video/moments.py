@@ -11,7 +11,7 @@ of picture indices (index_file.py); the path of a moment is the clip's, and behi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from mammut_runtime.index_file import (
 )
 from mammut_runtime.model import Model
 from mammut_runtime.video.captions import ahead
-from mammut_runtime.video.decode import Clip
+from mammut_runtime.video.decode import Clip, ClipHealth
 from mammut_runtime.video.encode import look_at
 from mammut_runtime.video.scenes import SceneRule, scenes
 
@@ -40,7 +40,7 @@ Floats = NDArray[np.float32]
 LONGEST_MOMENT_S = 4.0
 FRAMES_PER_MOMENT = 2
 MAX_HITS = 10_000
-_FRAGMENT = re.compile(r"(.+)#t=(\d{1,8}\.\d{3}),(\d{1,8}\.\d{3})")
+_FRAGMENT = re.compile(r"(.+)#t=(\d{1,8}\.\d{3}),(\d{1,8}\.\d{3})", re.DOTALL)
 _ROOT = "moments"
 """What the header says in place of a folder: the paths are absolute."""
 _WRITE_EVERY = 256
@@ -80,6 +80,8 @@ class MomentUpdate:
     moments: int
     """In the index now, of all clips."""
     unusable: tuple[Unusable, ...]
+    damaged: tuple[tuple[Path, ClipHealth], ...]
+    """Of those looked at now, the ones that were used as far as they go."""
 
 
 def update_moments(
@@ -97,14 +99,18 @@ def update_moments(
     """
     held = _Held(model, index, rebuild)
     unusable: list[Unusable] = []
+    damaged: list[tuple[Path, ClipHealth]] = []
     encoded = 0
     try:
         for number, path in enumerate(clips):
             try:
                 status = path.stat()
                 if not held.has(path, status.st_mtime_ns, status.st_size):
-                    held.replace(path, status.st_mtime_ns, status.st_size, list(_moments(model, path)))
+                    moments, health = _moments(model, path)
+                    held.replace(path, status.st_mtime_ns, status.st_size, moments)
                     encoded += 1
+                    if not health.whole:
+                        damaged.append((path, health))
             except (InputError, OSError) as problem:
                 held.drop(path)
                 unusable.append(Unusable(path, str(problem)))
@@ -113,7 +119,7 @@ def update_moments(
                 progress(number + 1, len(clips))
     finally:
         held.save()
-    return MomentUpdate(len(clips) - len(unusable), encoded, held.count, tuple(unusable))
+    return MomentUpdate(len(clips) - len(unusable), encoded, held.count, tuple(unusable), tuple(damaged))
 
 
 class MomentIndex:
@@ -157,13 +163,16 @@ class MomentIndex:
         return Moment(_path(key), start_s, end_s, score)
 
 
-def _moments(model: Model, path: Path) -> Iterator[tuple[str, Floats]]:
-    """The moments of a clip: where they are, and their embeddings."""
+def _moments(model: Model, path: Path) -> tuple[list[tuple[str, Floats]], ClipHealth]:
+    """The moments of a clip: where they are, and their embeddings; and what of the clip could be decoded."""
     rule = SceneRule(longest_s=LONGEST_MOMENT_S)
+    found: list[tuple[str, Floats]] = []
     with Clip.open(path) as clip:
         for scene in ahead(scenes(clip, rule, FRAMES_PER_MOMENT), 2):
             look = look_at(model, scene.pixels)
-            yield f"{_key(path)}#t={scene.start_ms / 1000:.3f},{scene.end_ms / 1000:.3f}", look.embedding
+            name = f"{_key(path)}#t={scene.start_ms / 1000:.3f},{scene.end_ms / 1000:.3f}"
+            found.append((name, look.embedding))
+        return found, clip.health
 
 
 class _Held:

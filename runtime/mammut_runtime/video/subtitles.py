@@ -121,11 +121,12 @@ def write_subtitles(
     written, for example for a full disk: what was done is kept.
     """
     options = options or VideoCaptionOptions()
-    header = JournalHeader(FORMAT, identify(job.clip), model.bundle.content_hash, settings_hash(options))
     files = tuple(out / f"{job.name}{suffix}" for suffix in cues.SUFFIXES)
     parts = out / JOURNAL_FOLDER / job.name
     journal_path = parts.with_name(f"{parts.name}.journal")
     with Clip.open(job.clip) as clip:  # before anything is written: what is no clip leaves nothing behind
+        settings = settings_hash(options, model._preprocessor.mode)
+        header = JournalHeader(FORMAT, identify(job.clip), model.bundle.content_hash, settings)
         if not overwrite and not journal_path.exists():
             _refuse_existing(files)
         with _journal(journal_path, header, overwrite) as journal:
@@ -134,15 +135,20 @@ def write_subtitles(
             if end is None or not all(each.exists() for each in files):
                 end = end or _fill(journal, model, clip, options, progress)
                 _write(files, parts, merged(journal.scenes, options.merge), header.bundle)
+            if journal.end is None:  # only now: until then, files that are there may be older ones
+                journal.finish(end)
             count = sum(1 for _ in merged(journal.scenes, options.merge))
             last_ms = journal.scenes[-1].end_ms if journal.scenes else 0
     health = ClipHealth(end.frames, end.unreadable, end.repaired_times, end.missing, end.short_s)
     return Subtitles(job.clip, files, count, last_ms / 1000, resumed, health)
 
 
-def settings_hash(options: VideoCaptionOptions) -> str:
-    """sha256 of all settings that cues depend on, and of the decoder's version: with another, scenes may differ."""
-    settings = {"options": dataclasses.asdict(options), "opencv": cv2.__version__}
+def settings_hash(options: VideoCaptionOptions, preprocess: str = "exact") -> str:
+    """sha256 of all settings that cues depend on, and of the decoder's version: with another, scenes may differ.
+
+    preprocess: the model's mode, which gives it other pixels.
+    """
+    settings = {"options": dataclasses.asdict(options), "preprocess": preprocess, "opencv": cv2.__version__}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,7 +159,7 @@ def _fill(
     options: VideoCaptionOptions,
     progress: Callable[[float], None] | None,
 ) -> JournalEnd:
-    """Caption what is not in the journal yet."""
+    """Caption what is not in the journal yet. Gives the line that ends it, which is not written yet."""
     known = tuple(journal.scenes)
     for number, scene in enumerate(caption_scenes(model, clip, options, known)):
         if number >= len(known):
@@ -161,9 +167,7 @@ def _fill(
         if progress:
             progress(scene.end_ms / 1000)
     health = clip.health
-    end = JournalEnd(health.frames, health.unreadable, health.repaired_times, health.missing, health.short_s)
-    journal.finish(end)
-    return end
+    return JournalEnd(health.frames, health.unreadable, health.repaired_times, health.missing, health.short_s)
 
 
 def _journal(path: Path, header: JournalHeader, fresh: bool) -> Journal:
