@@ -51,6 +51,8 @@ TASK_NAMES = "caption,ask,match,search"
     metavar="MEASURE=VALUE",
     help="The least that a quantized bundle must reach, such as token_agreement=0.95; may be repeated.",
 )
+@click.option("--max-batch", type=click.IntRange(1), default=8, show_default=True, help="TensorRT: most at once.")
+@click.option("--max-beams", type=click.IntRange(1), default=8, show_default=True, help="TensorRT: most beams.")
 @click.option("--accept-drift", is_flag=True, help="Publish although limits are missed; the bundle says so ever after.")
 @click.option(
     "--tasks", default=TASK_NAMES, show_default=True, help="What the device will do; fewer make a smaller bundle."
@@ -86,6 +88,8 @@ def cli(
     calibration: tuple[Path, ...],
     calibration_table: Path | None,
     drift_limit: tuple[str, ...],
+    max_batch: int,
+    max_beams: int,
     accept_drift: bool,
     tasks: str,
     image_size: int | None,
@@ -112,6 +116,7 @@ def cli(
     from mammut_export.forecast import forecast
     from mammut_export.options import ExportOptions
     from mammut_export.plan import describe
+    from mammut_export.profiles import ProfileLimits
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     options = ExportOptions(
@@ -125,6 +130,7 @@ def cli(
         table=calibration_table,
         limits=_limits(drift_limit),
         accept_drift=accept_drift,
+        largest=ProfileLimits(max_batch, max_batch, max_beams),
         threads=threads,
     )
     if not dry_run:

@@ -13,7 +13,7 @@ from mammut_export import onnx_graphs
 from mammut_export.canary import make_canary
 from mammut_export.graphs import traceable
 from mammut_export.precisions import precision_name
-from mammut_export.profiles import profiles_for
+from mammut_export.profiles import ProfileLimits, profiles_for
 from mammut_export.weights import WeightStore, halve_matrices, move_to_store
 from mammut_runtime.bundle import hash_files, write_manifest
 from mammut_runtime.errors import CheckpointError, InputError
@@ -41,12 +41,13 @@ def write_bundle(
     schemes: Mapping[str, Scheme],
     rule: TextRule,
     progress: Callable[[str], None] = lambda step: None,
+    largest: ProfileLimits | None = None,
 ) -> Manifest:
     """Everything but the report, traced from PyTorch; schemes: fp32 or fp16. The manifest has no parity yet."""
     graphs = write_graphs(folder, checkpoint, schemes, progress)
     progress("computing the canary")
     canary = make_canary(checkpoint, tuple(schemes), rule, precision_name(schemes))
-    return complete(folder, checkpoint, target, schemes, graphs, rule, canary)
+    return complete(folder, checkpoint, target, schemes, graphs, rule, canary, largest)
 
 
 def complete(
@@ -57,6 +58,7 @@ def complete(
     graphs: Mapping[str, GraphInfo],
     rule: TextRule,
     canary: Canary,
+    largest: ProfileLimits | None = None,
 ) -> Manifest:
     """Add tokenizer and manifest to a folder with graphs and weights, so that the runtime can open it."""
     (folder / TOKENIZER_FILE).write_bytes(checkpoint.tokenizer_json)
@@ -76,7 +78,7 @@ def complete(
             canary=canary,
         )
     if target == "tensorrt":
-        manifest = dataclasses.replace(manifest, profiles=profiles_for(manifest))
+        manifest = dataclasses.replace(manifest, profiles=profiles_for(manifest, largest))
     write_manifest(folder, manifest)
     return manifest
 

@@ -220,7 +220,9 @@ class _Work:
 
     def _proved(self, folder: Path, target: str, schemes: Mapping[str, Scheme]) -> tuple[Manifest, Parity]:
         """A bundle traced from PyTorch that gives what PyTorch gives. Raises VerificationError."""
-        manifest = write_bundle(folder, self._checkpoint, target, schemes, self._rule, self.stopwatch)
+        manifest = write_bundle(
+            folder, self._checkpoint, target, schemes, self._rule, self.stopwatch, self._options.largest
+        )
         return manifest, self._verified(folder, manifest, schemes)
 
     def _verified(self, folder: Path, manifest: Manifest, schemes: Mapping[str, Scheme]) -> Parity:
@@ -242,7 +244,10 @@ class _Work:
         canary = make_canary(self._checkpoint, tuple(graphs), self._rule, scheme)
 
         def write() -> Manifest:
-            return complete(folder, self._checkpoint, self._options.target, schemes, graphs, self._rule, canary)
+            options = self._options
+            return complete(
+                folder, self._checkpoint, options.target, schemes, graphs, self._rule, canary, options.largest
+            )
 
         manifest = write()
         if not canary_of_itself:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mammut_calibration.drift import DriftLimits
 from mammut_export.graphs import TASKS, graphs_for
 from mammut_export.precisions import AUTO, QUANTIZED, parse_precision
+from mammut_export.profiles import ProfileLimits
 from mammut_runtime.errors import InputError
 from mammut_runtime.manifest import Scheme
 
@@ -40,6 +41,8 @@ class ExportOptions:
     """Share of a quantized bundle's layers that may be kept in floating point for it to pass."""
     accept_drift: bool = False
     """Publish a bundle that does not; its manifest, and every `doctor`, say so."""
+    largest: ProfileLimits = field(default_factory=ProfileLimits)
+    """For tensorrt: what engines are built for at most; their scratch memory grows with it."""
     threads: int = 0
     """For measuring and judging; 0 takes the physical cores."""
 
@@ -53,6 +56,10 @@ class ExportOptions:
             raise InputError(f"max_tokens: expected at least 1, got {self.max_tokens}")
         if self.table is not None and "int8" not in schemes.values() and not self.auto:
             raise InputError("a calibration table is used by int8 and auto only; leave it out")
+        if self.largest != ProfileLimits() and self.target != "tensorrt":
+            raise InputError(
+                f"--max-batch and --max-beams are for target tensorrt, got {self.target}; leave them out"
+            )
         used = self.quantized or (self.target == "tensorrt" and self.precision != "fp32")
         if self.calibration and not used:
             raise InputError(

@@ -14,6 +14,7 @@ from mammut_calibration.drift import DriftLimits
 from mammut_export.commands import cli
 from mammut_export.export import export
 from mammut_export.options import ExportOptions
+from mammut_export.profiles import ProfileLimits
 from mammut_runtime import console
 from mammut_runtime.bundle import Bundle
 from mammut_runtime.canary import canary_picture
@@ -72,6 +73,7 @@ def test_int8(tiny: Checkpoint, traced_once: None, pictures: Path, tmp_path: Pat
 def test_for_tensorrt(tiny: Checkpoint, traced_once: None, pictures: Path, tmp_path: Path, precision: str) -> None:
     """Typed, with profiles, lint clean; everything runs on ONNX Runtime when asked to."""
     more: dict[str, object] = {"calibration": ()} if precision == "fp32" else {}
+    more["largest"] = ProfileLimits(pictures=2, texts=2, beams=3)
     made = export(tiny, tmp_path / "bundle", options(pictures, target="tensorrt", precision=precision, **more))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     bundle = Bundle.open(made.path)
@@ -79,6 +81,8 @@ def test_for_tensorrt(tiny: Checkpoint, traced_once: None, pictures: Path, tmp_p
     kinds = {each.dtype for info in manifest.graphs.values() for each in info.inputs if "past" in each.name}
     assert kinds == {"float32" if precision == "fp32" else "float16"}
     assert manifest.profiles.keys() == manifest.graphs.keys() and lint_bundle(bundle) == ()
+    assert manifest.profiles["vision"]["pixels"].maximum[0] == 2
+    assert manifest.profiles["decoder"]["ids"].maximum[:2] == (2, 3)
     assert bool(manifest.parity) == (precision in ("fp32", "fp16"))
     on_cpu = EngineOptions(threads=1, engine="onnxruntime")
     with Model.load(made.path, on_cpu) as model:
@@ -89,7 +93,7 @@ def test_for_tensorrt(tiny: Checkpoint, traced_once: None, pictures: Path, tmp_p
     assert report.ok and report.warnings == ()
     islands = json.loads((made.path / "report.json").read_text())["float32_islands"]
     assert bool(islands["found"]) == (precision != "fp32")
-    with pytest.raises(EngineError, match="mammut-run build|--engine onnxruntime"):
+    with pytest.raises(EngineError, match=r"mammut-run build|--engine onnxruntime"):
         Model.load(made.path)
 
 

@@ -136,7 +136,7 @@ class TensorRtEngine:
         if self._context is None:
             raise EngineError(
                 f"{self._name}: no room for the engine's working memory: {library.first_error()}; close other "
-                f"programs, or build for smaller profiles"
+                f"programs, or export with a smaller --max-batch or --max-beams"
             )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -179,7 +179,7 @@ class TensorRtEngine:
                 raise EngineError(
                     f"{self._name}: input {each.name} is {list(shape)}, the engine was built for "
                     f"{list(each.smallest)} to {list(each.largest)}; lower the batch size, beams or lengths, or export "
-                    f"with larger profiles and build again"
+                    f"with a larger --max-batch or --max-beams and build again"
                 )
 
     def _shapes_for(self, feeds: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

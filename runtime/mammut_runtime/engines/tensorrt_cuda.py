@@ -259,8 +259,8 @@ def _problem(function: str, error: Any) -> EngineError:
         words = runtime().cudaGetErrorString(error)[1].decode()
     if name == _OUT_OF_MEMORY:
         return EngineError(
-            "the GPU's memory is full; lower the batch size, beams, or the bundle's profiles (export with smaller "
-            "ones), drop pictures that were seen, or close other programs"
+            "the GPU's memory is full; lower the batch size, beams, or what the bundle was exported for "
+            "(mammut-export --max-batch, --max-beams), drop pictures that were seen, or close other programs"
         )
     if name == "cudaErrorInsufficientDriver" and (advice := _older_driver()):
         return EngineError(f"no usable GPU: {advice}")

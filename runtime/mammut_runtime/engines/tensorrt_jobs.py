@@ -298,8 +298,8 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def _explained(event: Mapping[str, Any], code: int, complaints: str) -> str:
     lower = (
-        "close other programs, add swap, lower --workspace-mib, or export with smaller profiles (batch, beams); the "
-        "graphics desktop of a Jetson takes memory too: sudo systemctl isolate multi-user.target"
+        "close other programs, add swap, lower --workspace-mib, or export with a smaller --max-batch or --max-beams; "
+        "the graphics desktop of a Jetson takes memory too: sudo systemctl isolate multi-user.target"
     )
     message, kind = str(event.get("error", "")), event.get("kind")
     if kind == "limit":

@@ -70,7 +70,7 @@ def whole(make_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield Whole(model, job, folder, files(folder / "out"), journal)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1), behind=st.sampled_from([b"", b"\0" * 40, b'{"start_ms":1}\t00000000\n', b"x"]))
 def test_cut_off_anywhere(whole: Whole, share: float, behind: bytes) -> None:
     at = round(share * len(whole.journal))
@@ -87,7 +87,7 @@ def test_a_header_that_was_cut_off_is_begun_anew(whole: Whole, kept: int) -> Non
         whole.start(b"Dear diary"[: max(1, kept)])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_changed_byte_never_changes_the_outputs(whole: Whole, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(whole.journal) - 1))

@@ -138,16 +138,27 @@ def outputs(folder: Path) -> dict[str, bytes]:
     return {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()}
 
 
+COMMON = ("--threads", "1", "--merge-likeness", "2", "--beams", "1", "--out")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clip: Path) -> Path:
+    """The outputs of a run that nothing disturbed: the control of those below."""
+    done = run(PLAIN, "caption-video", clip, *COMMON, "w", cwd=clip.parent)
+    assert done.returncode == 0 and sorted(outputs(clip.parent / "w")) == ["a.jsonl", "a.srt", "a.vtt"], done.stderr
+    return clip.parent / "w"
+
+
 @pytest.mark.parametrize(
     ("where", "count", "files_left"), [("append", 0, 0), ("append", 4, 0), ("replace", 1, 1), ("append", 9, 3)]
 )
 def test_killed_at_a_given_moment_and_started_again(
-    tmp_path: Path, model: Model, clip: Path, where: str, count: int, files_left: int
+    tmp_path: Path, clip: Path, undisturbed: Path, where: str, count: int, files_left: int
 ) -> None:
     """Before the header, between scenes, between two files, and when only the journal's last line is missing."""
     if not hasattr(signal, "SIGKILL"):
         pytest.skip("no SIGKILL here")
-    common = ["caption-video", clip, "--threads", "1", "--merge-likeness", "2", "--beams", "1", "--out", tmp_path / "o"]
+    common = ["caption-video", clip, *COMMON, tmp_path / "o"]
     killed = run(DIES, where, count, *common, cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(outputs(tmp_path / "o")) == files_left
@@ -155,10 +166,8 @@ def test_killed_at_a_given_moment_and_started_again(
     assert again.returncode == 0, again.stderr
     resumed = json.loads(again.stdout)["resumed_scenes"]
     assert resumed == (max(0, count - 1) if where == "append" else SCENES)
-    whole = run(PLAIN, *common[:-1], tmp_path / "w", cwd=tmp_path)  # control: a run that nothing disturbed
-    assert whole.returncode == 0 and outputs(tmp_path / "w") == outputs(tmp_path / "o")
-    assert sorted(outputs(tmp_path / "w")) == ["a.jsonl", "a.srt", "a.vtt"]
-    journals = [(tmp_path / each / JOURNAL_FOLDER / "a.journal").read_bytes() for each in "ow"]
+    assert outputs(tmp_path / "o") == outputs(undisturbed)
+    journals = [(each / JOURNAL_FOLDER / "a.journal").read_bytes() for each in (tmp_path / "o", undisturbed)]
     assert journals[0] == journals[1] and journals[0].count(b"\n") == SCENES + 2
 
 
@@ -172,10 +181,12 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize("most_bytes", [3, 1000])
-def test_no_room_left_is_one_error_and_nothing_half_written(tmp_path: Path, clip: Path, most_bytes: int) -> None:
+def test_no_room_left_is_one_error_and_nothing_half_written(
+    tmp_path: Path, clip: Path, undisturbed: Path, most_bytes: int
+) -> None:
     """A real limit, at which a write stops in the middle: in the journal's header, and in a scene."""
     pytest.importorskip("resource")
-    common = ["caption-video", clip, "--threads", "1", "--merge-likeness", "2", "--beams", "1", "--out", tmp_path / "o"]
+    common = ["caption-video", clip, *COMMON, tmp_path / "o"]
     full = run(SMALL_DISK, most_bytes, *common, cwd=tmp_path)
     assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
     assert "free some space and run the same command again" in full.stderr
@@ -183,8 +194,7 @@ def test_no_room_left_is_one_error_and_nothing_half_written(tmp_path: Path, clip
     assert (tmp_path / "o" / JOURNAL_FOLDER / "a.journal").stat().st_size == most_bytes
     again = run(PLAIN, *common, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    whole = run(PLAIN, *common[:-1], tmp_path / "w", cwd=tmp_path)  # control
-    assert whole.returncode == 0 and outputs(tmp_path / "w") == outputs(tmp_path / "o") != {}
+    assert outputs(tmp_path / "o") == outputs(undisturbed)
 
 
 def test_moments_are_encoded_once_and_found_again(
