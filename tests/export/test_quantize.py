@@ -416,9 +416,8 @@ def test_layers_kept_from_int4_may_be_in_eight_bits(tiny, feeds, tmp_path):
     for keep_as in ("fp32", higher_scheme("int4", "onnxruntime", calibrated=False)):
         folder = tmp_path / keep_as
         folder.mkdir()
-        _, reports = write_quantized(
-            tiny, folder, {"text": "int4"}, "onnxruntime", None, keep={"text": frozenset([name])}, keep_as=keep_as
-        )
+        keep, higher = {"text": frozenset([name])}, {"text": keep_as}
+        _, reports = write_quantized(tiny, folder, {"text": "int4"}, "onnxruntime", None, keep=keep, keep_as=higher)
         report = next(each for each in reports if each.graph == "text")
         assert report.kept == (name,)
         assert report.eight_bits == (() if keep_as == "fp32" else (name,))

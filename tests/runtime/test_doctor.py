@@ -52,6 +52,7 @@ def test_a_missing_engine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     one = doctor.EngineReport("openvino", "1", ("CPU",), None)
     monkeypatch.setattr(doctor, "_openvino", lambda: one)
+    monkeypatch.setattr(doctor, "_tensorrt", lambda: doctor.EngineReport("tensorrt", None, (), "not installed"))
     report = doctor.examine()
     assert report.exit_code == 0 and "pip install" in (report.engines[0].problem or "")
     none = doctor.EngineReport("openvino", None, (), "does not load")
