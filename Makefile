@@ -17,7 +17,7 @@ WORKERS ?= 2
 
 INSTALLED := $(VENV)/installed
 BUNDLE := build/demo-bundle
-EXPORT_SOURCES := $(wildcard mammut/*.py mammut/assets/* mammut/assets/demo/* export/mammut_export/*.py)
+EXPORT_SOURCES := $(wildcard mammut/*.py mammut/assets/* mammut/assets/demo/* export/mammut_export/*.py runtime/mammut_runtime/manifest.py)
 
 .PHONY: demo test install clean
 
