@@ -111,6 +111,26 @@ def test_ctrl_c_in_a_process_is_quiet(tmp_path: Path) -> None:
         assert process.wait() == 130
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+@pytest.mark.parametrize(("sent", "code", "left"), [("SIGTERM", 143, False), ("SIGKILL", -9, True)])
+def test_a_terminated_process_cleans_up(tmp_path: Path, sent: str, code: int, left: bool) -> None:
+    """SIGKILL, which nobody can handle, is the control."""
+    body = (
+        "import tempfile\n"
+        f"with tempfile.TemporaryDirectory(prefix='half-made', dir={str(tmp_path)!r}):\n"
+        "    click.echo('ready')\n"
+        "    sys.stdout.flush()\n"
+        "    time.sleep(60)"
+    )
+    with subprocess.Popen(script(tmp_path, body), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(getattr(signal, sent))
+        assert process.stderr.read().strip() == b""
+        assert process.wait() == code
+    assert bool(list(tmp_path.glob("half-made*"))) == left
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
