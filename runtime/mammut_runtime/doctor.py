@@ -99,7 +99,9 @@ class BundleReport:
     """The canary's result in words; None if it was not reached."""
     problem: str | None
     warnings: tuple[str, ...]
-    """What whoever uses it should know: it was published although it differs too much from float32."""
+    """What whoever uses it should know: it differs too much from float32, or TensorRT will not take a node of it."""
+    lint: tuple[str, ...]
+    """For TensorRT: the graphs that it will take, as far as a lint can tell."""
     exit_code: int
     """0, 1 if the canary does not reproduce, 2 if the bundle cannot be used."""
 
@@ -162,18 +164,22 @@ def examine_bundle(path: Path, options: EngineOptions | None = None) -> BundleRe
     name = target = precision = canary = None
     size_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    lint: tuple[str, ...] = ()
+    failure: str | None = None
+    code = 0
     try:
-        warnings = lint_warnings(Bundle.open(path, verify=False))  # first: it needs no engine and no GPU
+        warnings, lint = examine_graphs(Bundle.open(path, verify=False))  # first: it needs no engine and no GPU
         with Model.load(path, options) as model:
             manifest = model.manifest
             name, target, precision = manifest.model.name, manifest.target, manifest.precision
             size_bytes, warnings = bundle_bytes(path), (*drift_warnings(manifest), *warnings)
             canary = model.replay_canary().message
     except VerificationError as problem:
-        return BundleReport(str(path), name, target, precision, size_bytes, False, str(problem), None, warnings, 1)
+        canary, code = str(problem), 1
     except MammutError as problem:
-        return BundleReport(str(path), name, target, precision, size_bytes, False, canary, str(problem), warnings, 2)
-    return BundleReport(str(path), name, target, precision, size_bytes, True, canary, None, warnings, 0)
+        failure, code = str(problem), 2
+    ok = code == 0
+    return BundleReport(str(path), name, target, precision, size_bytes, ok, canary, failure, warnings, lint, code)
 
 
 def drift_warnings(manifest: Manifest) -> tuple[str, ...]:
@@ -186,14 +192,19 @@ def drift_warnings(manifest: Manifest) -> tuple[str, ...]:
     return tuple(f"published with --accept-drift: {failure}" for failure in manifest.drift.failures)
 
 
-def lint_warnings(bundle: Bundle) -> tuple[str, ...]:
-    """What TensorRT will not take of a bundle that is for it: a line for each node, or for each graph that it takes."""
+def examine_graphs(bundle: Bundle) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of a bundle for TensorRT: a line for each node that it will not take, and one for each graph that it will."""
     if bundle.manifest.target != "tensorrt":
-        return ()
+        return (), ()
     from mammut_runtime.tensorrt_lint import lint_bundle
 
     findings = lint_bundle(bundle)
-    return tuple(f"TensorRT: {finding.describe()}" for finding in findings)
+    refused = {finding.graph for finding in findings}
+    taken = [name for name in bundle.manifest.graphs if name not in refused]
+    return (
+        tuple(f"TensorRT: {finding.describe()}" for finding in findings),
+        tuple(f"TensorRT takes {name}" for name in taken),
+    )
 
 
 def bundle_bytes(path: Path) -> int:
@@ -253,6 +264,7 @@ def describe(report: Report) -> list[str]:
         what = f" ({bundle.name}, {bundle.target}, {bundle.precision})" if bundle.name else ""
         lines.append(f"bundle       {bundle.path}{what}: {bundle.problem or bundle.canary}")
         lines += [f"  WARNING    {warning}" for warning in bundle.warnings]
+        lines += [f"  graph      {line}" for line in bundle.lint]
     if not report.bundles:
         lines.append("bundle       none found")
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mammut_export.export import export
 from mammut_export.options import ExportOptions
 from mammut_export.profiles import ProfileLimits
 from mammut_runtime import console
-from mammut_runtime.bundle import Bundle
+from mammut_runtime.bundle import Bundle, write_manifest
 from mammut_runtime.canary import canary_picture
 from mammut_runtime.doctor import examine_bundle
 from mammut_runtime.engines import EngineOptions
@@ -91,6 +92,13 @@ def test_for_tensorrt(tiny: Checkpoint, traced_once: None, pictures: Path, tmp_p
         assert seen.match(["a cat", "a dog"]) and again.caption().ids == seen.caption().ids
     report = examine_bundle(made.path, on_cpu)
     assert report.ok and report.warnings == ()
+    without_engines = examine_bundle(made.path)  # where it is needed most: no GPU, nothing built
+    assert not without_engines.ok
+    assert without_engines.lint == tuple(f"TensorRT takes {name}" for name in manifest.graphs)
+    write_manifest(made.path, dataclasses.replace(manifest, profiles={}))  # the control: open sizes without profiles
+    broken = examine_bundle(made.path)
+    assert broken.lint == () and all("TensorRT: " in line and "profile" in line for line in broken.warnings)
+    write_manifest(made.path, manifest)
     islands = json.loads((made.path / "report.json").read_text())["float32_islands"]
     assert bool(islands["found"]) == (precision != "fp32")
     with pytest.raises(EngineError, match=r"mammut-run build|--engine onnxruntime"):
