@@ -30,7 +30,8 @@ from mammut.config import MammutConfig
 from mammut.model import Mammut
 from mammut_export import onnx_graphs
 from mammut_export.forecast import Band, Device, forecast, this_cpu
-from mammut_export.graphs import GRAPHS, traceable
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
+from mammut_export.graphs import traceable
 from mammut_export.plan import Plan, make_plan
 from mammut_export.quantize import quantize_graph
 from mammut_export.weights import WeightStore, move_to_store

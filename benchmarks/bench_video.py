@@ -1,19 +1,21 @@
 """Captioning clips: how many times real time, where the time goes, and that memory does not grow with length.
 
-    python benchmarks/bench_video.py                                     about 20 minutes; nothing else should run
+    python benchmarks/bench_video.py                                     about 30 minutes; nothing else should run
     python benchmarks/bench_video.py --bundle build/demo-bundle --clip day.mp4 --threads 1 --skip-memory   a first look
 
 Without --clip the times are those of clips made here: 640x480 at 30 fps, MPEG-4, pictures that move, with a cut every 5
-seconds. Memory is taken over clips of 320x240, the same pictures (or those of --clip) over and over. One process for
-each measurement, files in the system's cache. The last line of stdout is one JSON object.
+seconds. Memory is taken over clips of 320x240, the same pictures (or those of --clip) over and over, with the first
+number of threads. One process for each measurement, files in the system's cache. The last line of stdout is one JSON
+object.
 
     decode    every frame decoded, none converted
     cut       the same, and converted, compared, sampled and cut into scenes
-    encode    the vision graph over 3 frames a scene       } while the whole runs, in its own thread: the next scene is
-    caption   a caption by 3 beams, and its confidences    } decoded meanwhile, so the parts do not add up to the whole
+    encode    the video graph, or vision over 3 frames    } of each scene, while the whole runs: the next is decoded
+    caption   a caption by 3 beams, and its confidences   } meanwhile, so the parts do not add up to the whole
     whole     all that `mammut-run caption-video` does but the files
 
-The share of decoding is processor time of decoding alone over processor time of the whole, over all threads.
+The share of decoding is processor time of decoding alone over processor time of the whole, over all threads. "Per core"
+is the clip's length over processor time: it hardly moves when other programs run.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ SMALL_HW, MOST_LOOPED = (240, 320), 900
 @click.option("--minutes", default="10", help="Lengths of our clips, comma-separated.")
 @click.option("--memory-minutes", default="10,60", help="Lengths of the clips that memory is taken over.")
 @click.option("--skip-memory", is_flag=True, help="Times only.")
-@click.option("--threads", default="4", help="Comma-separated.")
+@click.option("--threads", default="1,4", help="Of the engine, the decoder and OpenCV; comma-separated.")
 def main(
     bundles: tuple[Path, ...],
     models: str,
@@ -67,15 +69,16 @@ def main(
     named = [(each.name, each) for each in bundles] or [(name, prepared(name)[1]) for name in models.split(",")]
     small = [] if skip_memory else [looped(clip, float(each)) for each in memory_minutes.split(",")]
     rows, memory = [], []
+    counts = [int(each) for each in threads.split(",")]
     for name, bundle in named:
-        for count in map(int, threads.split(",")):
+        for count in counts:
             for path in clips:
                 row = child([__file__, "one", str(bundle), str(path), str(count)], count)
                 rows.append({"model": name, "threads": count, **row})
                 show(rows[-1])
-            found = [child([__file__, "memory", str(bundle), str(path), str(count)], count) for path in small]
-            memory += [{"model": name, "threads": count, **each} for each in found]
-            show_memory(found)
+        found = [child([__file__, "memory", str(bundle), str(path), str(counts[0])], counts[0]) for path in small]
+        memory += [{"model": name, "threads": counts[0], **each} for each in found]
+        show_memory(found)
     print(json.dumps({"benchmark": "video", **about, "rows": rows, "memory": memory}))
 
 
@@ -168,6 +171,8 @@ def measure(bundle: Path, path: Path, threads: int) -> dict[str, Any]:
         "encode_s": encoding[0],
         "caption_s": describing[0] - encoding[0],
         "times_real_time": length_s / times["whole_s"],
+        "times_real_time_per_core": length_s / times["whole_processor_s"],
+        "way": "video" if model.watches else "pictures",
         "decoding_share": times["decode_processor_s"] / times["whole_processor_s"],
         "peak_memory_mb": peak_megabytes(),
     }
@@ -200,13 +205,17 @@ def measure_memory(bundle: Path, path: Path, threads: int) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> None:
-    print(f"{row['model']}, {row['threads']} thread(s), {row['clip']}: {row['frames']} frames, {row['scenes']} scenes")
+    about = f"{row['frames']} frames, {row['scenes']} scenes seen as {row['way']}"
+    print(f"{row['model']}, {row['threads']} thread(s), {row['clip']}: {about}")
     for label in ("decode", "cut", "encode", "caption", "whole"):
         seconds = row[f"{label}_s"]
         print(f"  {label:<8}{seconds:>9.2f} s {row['length_s'] / seconds:>8.1f} x real time")
     print(f"  decoding: {row['decoding_share']:.0%} of the processor time; peak memory {row['peak_memory_mb']:.0f} MB")
-    verdict = "pass" if row["times_real_time"] >= EXPECTED_TIMES else "FALLS SHORT"
-    print(f"  {row['times_real_time']:.1f} x   expected >= {EXPECTED_TIMES} with the demo: {verdict}", flush=True)
+    verdict = ""
+    if "demo" in row["model"]:
+        passed = row["times_real_time"] >= EXPECTED_TIMES
+        verdict = f"   expected >= {EXPECTED_TIMES}: {'pass' if passed else 'FALLS SHORT'}"
+    print(f"  {row['times_real_time']:.1f} x, {row['times_real_time_per_core']:.1f} x per core{verdict}", flush=True)
 
 
 def show_memory(found: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,17 +25,21 @@ from torch import Tensor
 from mammut import openmammut
 from mammut.clip_tokenizer import build_clip_tokenizer
 from mammut.config import MammutConfig
+from mammut.detection.config import DetectorConfig
+from mammut.detection.detector import Detector
 from mammut.model import Mammut
 from mammut.presets import OPENMAMMUT_SIZES
 from mammut.presets import openmammut as openmammut_preset
 from mammut.vision import resize_positions
 from mammut_runtime.errors import CheckpointError, InputError
 from mammut_runtime.preprocess import PreprocessRule
-from mammut_runtime.strict import from_dict, parse_json, to_json
+from mammut_runtime.strict import Omissible, from_dict, parse_json, to_json
 from mammut_runtime.tokenizer import Tokenizer
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
 WEIGHTS = "model.safetensors"
+DETECTOR = "detector."
+"""What the names of a detector's weights begin with."""
 PUBLIC_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CLIP_VOCABULARY = 49_408
 MAX_TOKENIZER_BYTES = 64_000_000
@@ -57,6 +61,8 @@ class CheckpointConfig:
     prompts: dict[str, str]
     """Prompt form of each task: "caption" (a prefix), "ask" (holds {question}), "zero_shot" (templates, one a line,
     each holding {})."""
+    detector: Annotated[DetectorConfig | None, Omissible()] = None
+    """How named things are found, or None: this checkpoint does not."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Checkpoint:
     """Where it came from, as the user named it."""
     sha256: str
     """Of the weights file."""
+    detector: Detector | None = None
+    """On the same model, in eval mode, or None."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -97,7 +105,9 @@ def load_checkpoint(
     # The hub's folders are named by a hash.
     called = str(spec).rpartition("/")[2] if str(spec).startswith("hf-hub:") else folder.resolve().name
     parts = _read_public_config(folder, weights, called) if public else _read_own(folder)
-    state, config = _read_weights(weights, parts.model, public)
+    state, config = _read_weights(weights, parts, public)
+    own = {name.removeprefix(DETECTOR): state.pop(name) for name in list(state) if name.startswith(DETECTOR)}
+    trained_positions = state["vision.positions"]
     if tokenizer_json is None:
         # Public folders may hold a tokenizer.json for another library; their weights were trained with CLIP's.
         clip = public and config.text.vocab_size == CLIP_VOCABULARY
@@ -119,7 +129,8 @@ def load_checkpoint(
         model = Mammut(config, pad_id=tokenizer.pad_id)
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False)
-    return Checkpoint(model.eval(), tokenizer_json, preprocess, parts.prompts, str(spec), _sha256(weights))
+    detector = _detector(parts.detector, model.eval(), own, trained_positions)
+    return Checkpoint(model, tokenizer_json, preprocess, parts.prompts, str(spec), _sha256(weights), detector)
 
 
 def save_checkpoint(
@@ -129,13 +140,16 @@ def save_checkpoint(
     preprocess: PreprocessRule,
     prompts: dict[str, str],
     dtype: torch.dtype = torch.float32,
+    detector: Detector | None = None,
 ) -> None:
     """Write a checkpoint folder; it appears whole or not at all. An existing folder is replaced.
 
     Args:
         dtype: of the stored weights; float16 halves the size, loading always gives float32.
+        detector: of this very model.
     """
-    config = CheckpointConfig("mammut-edge checkpoint 1", model.config, preprocess, prompts)
+    found = detector.config if detector is not None else None
+    config = CheckpointConfig("mammut-edge checkpoint 1", model.config, preprocess, prompts, found)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary) / "new"
@@ -143,7 +157,10 @@ def save_checkpoint(
         new.chmod(0o755)
         (new / "config.json").write_bytes(to_json(config))
         (new / "tokenizer.json").write_bytes(tokenizer_json)
-        state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+        state = model.state_dict()
+        if detector is not None:
+            state |= {DETECTOR + name: value for name, value in detector.own_state().items()}
+        state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
         save_file(state, new / WEIGHTS)
         (new / WEIGHTS).chmod(0o644)
         if folder.exists():
@@ -256,13 +273,14 @@ def _read_tokenizer(folder: Path) -> bytes:
         ) from error
 
 
-def _read_weights(path: Path, config: MammutConfig, public: bool) -> tuple[dict[str, Tensor], MammutConfig]:
+def _read_weights(path: Path, parts: CheckpointConfig, public: bool) -> tuple[dict[str, Tensor], MammutConfig]:
     """Our state dict in float32, its shapes checked, and the config with the embedding rows the file has."""
+    config = parts.model
     if path.suffix == ".safetensors":
         header = _header(path)
         shapes = _shapes(openmammut.unwrap(header, path) if public else header)
         config = _fit_rows(config, shapes) if public else config
-        _check_shapes(shapes, _expected_shapes(config, public), path)
+        _check_shapes(shapes, _expected_shapes(config, public, parts.detector), path)
         state = openmammut.unwrap(load_file(path), path) if public else load_file(path)
     else:
         state = openmammut.unwrap(_load_pickle(path), path)
@@ -314,11 +332,27 @@ def _fit_rows(config: MammutConfig, shapes: dict[str, tuple[int, ...]]) -> Mammu
     return config
 
 
-def _expected_shapes(config: MammutConfig, public: bool) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(
+    config: MammutConfig, public: bool, detector: DetectorConfig | None = None
+) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        state = Mammut(config).state_dict()
+        model = Mammut(config)
+        state = model.state_dict()
+        if detector is not None:
+            state |= {DETECTOR + name: value for name, value in Detector(detector, model).own_state().items()}
         state = openmammut.to_public(state, config) if public else state
     return _shapes(state)
+
+
+def _detector(
+    config: DetectorConfig | None, model: Mammut, state: dict[str, Tensor], positions: Tensor
+) -> Detector | None:
+    """positions: the model's as they were trained, which the detector's are made from whatever the model's size is."""
+    if config is None:
+        return None
+    detector = Detector(config, model, positions)
+    detector.load_own(state)
+    return detector.eval().requires_grad_(False)
 
 
 def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mammut.commands_ablate import ablate
+from mammut.commands_clips import clips_ablation, clips_eval
+from mammut.commands_demo import demo, demo_data, demo_eval
+from mammut.commands_detect import detect, detect_eval
 from mammut.commands_run import launch, new, repeat, run_command, set_option, start_run
+from mammut.commands_video import list_clips
 from mammut_runtime import console
 
 if TYPE_CHECKING:
@@ -54,42 +59,11 @@ def cli(context: click.Context, resume_config: Path | None, out: Path | None) ->
     return start_run(stored_config(resume_config), out)
 
 
-for _command in (new, repeat, run_command):
+for _command in (
+    ablate, clips_ablation, clips_eval, demo, demo_data, demo_eval, detect, detect_eval, list_clips, new, repeat,
+    run_command,
+):  # fmt: skip
     cli.add_command(_command)
-
-
-@cli.command()
-@click.argument("data", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--steps", type=click.IntRange(1), help="Length of the run. Default: that of the shipped model.")
-@_small
-def demo(data: Path, out: Path, steps: int | None, processes: int, minutes: float | None, resume: bool) -> int:
-    """Train the demo model that ships, from the DATA folder.
-
-    OUT gets data/ and tokenizer.json (what DATA says, as training reads it), config.json, and what `run` writes.
-    """
-    from mammut.demo.evaluate import glance
-    from mammut.demo.recipe import STEPS, demo_run
-
-    config = demo_run(data, out, steps or STEPS)
-    again = ["demo", str(data), str(out), "--steps", str(config.steps)]
-    return _train(config, out, again, glance(data), processes=processes, minutes=minutes, resume=resume)
-
-
-@cli.command("demo-eval")
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option("--checkpoint", default="demo", show_default=True, help="A checkpoint in any form.")
-@click.option("--sheet", type=click.Path(path_type=Path), help="Also draw a contact sheet of held-out pictures (.jpg).")
-def demo_eval(data: Path, checkpoint: str, sheet: Path | None) -> None:
-    """Print every figure of the demo's model card, measured on held-out pictures of the DATA folder, as JSON."""
-    from mammut.checkpoint import load_checkpoint
-    from mammut.demo.contact_sheet import draw_sheet
-    from mammut.demo.evaluate import evaluate
-
-    loaded = load_checkpoint(checkpoint)
-    if sheet is not None:
-        draw_sheet(loaded, data, sheet)
-    console.echo_json(evaluate(loaded, data))
 
 
 @cli.command()

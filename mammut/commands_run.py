@@ -36,7 +36,7 @@ def _running(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@click.argument("recipe", type=click.Choice(["pretrain", "caption", "ask", "retrieval"]))
+@click.argument("recipe", type=click.Choice(["pretrain", "caption", "ask", "retrieval", "video-caption", "video-ask"]))
 @click.argument("data", nargs=-1, required=True)
 @click.option("--model", help="pretrain: tiny, demo, paper-base, paper-huge, openmammut-B-32 ...")
 @click.option("--tokenizer", help='pretrain: a tokenizer.json, or "clip".')
@@ -56,7 +56,8 @@ def new(
 ) -> None:
     """Print the config of a run, to be edited and given to `run`.
 
-    DATA are WebDataset tars or JSON Lines files; braces name many: 'cc/{00000..00331}.tar'.
+    DATA are WebDataset tars or JSON Lines files; braces name many: 'cc/{00000..00331}.tar'. For video-caption and
+    video-ask they are JSON Lines files of clips; `list-clips` makes them from published sets.
     """
     from mammut.training.recipes import finetune, model_preset, pretrain
     from mammut.training.run_config import RunConfig, changed
@@ -127,6 +128,10 @@ def start_run(
     from mammut.training.loop import train
     from mammut.training.parallel import joined
 
+    if config.of_clips:
+        from mammut_runtime.video.decode import quiet_decoder
+
+        quiet_decoder()  # what is damaged is counted and named
     with joined(device) as place:  # type: ignore[arg-type]
         given: dict[str, Any] = {"resume": resume, "minutes": minutes, "evaluate": evaluate}
         folder = train(config, out, place, note=console.note, **given)
@@ -163,6 +168,7 @@ def _plan(config: RunConfig, devices: int | None, device_memory_gb: float) -> in
         image_size=max(stage.image_size for stage in config.stages),
         frozen=config.optimizer.freeze,
         lora=config.lora,
+        clips=config.of_clips,
     )
     click.echo(plan_text(plan, config, device_memory_gb))
     return 0 if plan.total_bytes <= device_memory_gb * 1e9 else 1

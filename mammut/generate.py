@@ -22,10 +22,14 @@ def greedy(model: Mammut, pixels: Tensor, prompt: list[int], end_id: int, max_to
         For each picture the new ids, without prompt and end.
     """
     tokens, _ = model.encode_image(pixels)
-    return [_greedy_one(model, tokens[i : i + 1], prompt, end_id, max_tokens) for i in range(len(pixels))]
+    return [greedy_from_tokens(model, tokens[i : i + 1], prompt, end_id, max_tokens) for i in range(len(pixels))]
 
 
-def _greedy_one(model: Mammut, tokens: Tensor, prompt: list[int], end_id: int, max_tokens: int) -> list[int]:
+@torch.no_grad()
+def greedy_from_tokens(
+    model: Mammut, tokens: Tensor, prompt: list[int], end_id: int, max_tokens: int
+) -> list[int]:
+    """The same of one picture or clip that was encoded: tokens float32[1, N, Wv]."""
     ids = list(prompt)
     room = min(max_tokens, model.config.text.context_length - len(prompt))
     for _ in range(room):

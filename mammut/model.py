@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mammut.config import MammutConfig
+from mammut.config import MammutConfig, VideoConfig
 from mammut.text import TextDecoder
 from mammut.transformer import KeysValues
+from mammut.tubes import Tubes
 from mammut.vision import VisionEncoder
+from mammut_runtime.errors import InputError
 
 
 class Mammut(nn.Module):
@@ -29,6 +32,7 @@ class Mammut(nn.Module):
         self.config = config
         vision, text = config.vision, config.text
         self.vision = VisionEncoder(vision, config.activation)
+        self.tubes = Tubes(config.video, vision) if config.video is not None else None
         self.text = TextDecoder(text, pad_id, config.activation)
         self.memory_projection = nn.Linear(vision.width, text.width, bias=False)
         own = vision.embedding == "own_projection"
@@ -51,8 +55,45 @@ class Mammut(nn.Module):
     def encode_image(self, pixels: Tensor, normalize: bool = True) -> tuple[Tensor, Tensor]:
         """float32[B, 3, S, S] to tokens float32[B, N, Wv] and the image's embedding float32[B, E], unit length."""
         tokens, pooled = self.vision(pixels)
-        embedding = (self.image_projection or self.memory_projection)(pooled)
-        return tokens, F.normalize(embedding, dim=-1) if normalize else embedding
+        return tokens, self._shared_space(pooled, normalize)
+
+    def encode_video(
+        self, frames: Tensor, normalize: bool = True, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A clip, all at once, through the picture's encoder.
+
+        Args:
+            frames: float32[B, F, 3, S, S], normalised; F as config.video says.
+            positions: `video_positions`, made beforehand (an export makes them a constant).
+
+        Returns:
+            tokens float32[B, Nv, Wv] and the clip's embedding float32[B, E], unit length.
+
+        Raises:
+            InputError: the model has no tubes, or takes another number of frames.
+        """
+        tubes = self._tubes()
+        if frames.shape[1] != tubes.video.frames:
+            raise InputError(f"expected clips of {tubes.video.frames} frames, got {frames.shape[1]}")
+        embedded = tubes(frames, self.vision.patch_embedding)
+        tokens, pooled = self.vision.encode(embedded, self.video_positions() if positions is None else positions)
+        return tokens, self._shared_space(pooled, normalize)
+
+    def video_positions(self) -> Tensor:
+        """What is added to a clip's tokens, the class token's first: float32[Nv, Wv]. InputError without tubes."""
+        learned = self.vision.positions
+        return torch.cat([learned[: int(self.config.vision.class_token)], self._tubes().positions(learned)])
+
+    def _tubes(self) -> Tubes:
+        if self.tubes is None:
+            raise InputError(
+                f"the model {self.config.name!r} has no tubes, so it takes no clips; fine-tune it on clips first"
+            )
+        return self.tubes
+
+    def _shared_space(self, pooled: Tensor, normalize: bool) -> Tensor:
+        embedding: Tensor = (self.image_projection or self.memory_projection)(pooled)
+        return F.normalize(embedding, dim=-1) if normalize else embedding
 
     def encode_text(self, ids: Tensor, normalize: bool = True) -> Tensor:
         """The contrastive pass: int64[B, L] to float32[B, E], unit length. Computes no vocabulary logits."""
@@ -91,3 +132,32 @@ class Mammut(nn.Module):
         for parameter in [*embeddings, self.vision.class_token, self.text.head]:
             if parameter is not None:
                 nn.init.normal_(parameter, std=0.02)
+        if self.tubes is not None:
+            self.tubes.inflate(self.vision.patch_embedding)
+
+
+def with_video(model: Mammut, video: VideoConfig) -> Mammut:
+    """The same model for clips as well: tubes inflated from its patches, the gate closed. Pictures give what they gave.
+
+    The weights it had are shared with `model`, not copied. A model that has these very tubes is returned as it is;
+    other tubes are replaced.
+
+    Raises:
+        CheckpointError: the tubes do not fit the encoder.
+    """
+    if model.config.video == video:
+        return model
+    config = dataclasses.replace(model.config, video=video)
+    with torch.device("meta"):
+        new = Mammut(config, model.text.pad_id)
+    like = model.vision.patch_embedding.weight
+    tubes = Tubes(video, config.vision).to(like.device, like.dtype).requires_grad_(like.requires_grad)
+    tubes.inflate(model.vision.patch_embedding)
+    new.tubes = tubes
+    state = {name: value for name, value in model.named_parameters() if not name.startswith("tubes.")}
+    state |= {f"tubes.{name}": value for name, value in tubes.named_parameters()}
+    learns = {name: value.requires_grad for name, value in state.items()}
+    new.load_state_dict(state, strict=True, assign=True)
+    for name, value in new.named_parameters():
+        value.requires_grad_(learns[name])
+    return new.train(model.training)

@@ -6,7 +6,8 @@ openMaMMUT's public sizes, and the demo that ships with the project.
 
 from __future__ import annotations
 
-from mammut.config import MammutConfig, TextConfig, VisionConfig
+from mammut.config import MammutConfig, TextConfig, TubeConfig, VideoConfig, VisionConfig
+from mammut_runtime.errors import CheckpointError
 
 
 def demo(vocab_size: int = 2048) -> MammutConfig:
@@ -88,6 +89,69 @@ def paper_huge() -> MammutConfig:
         logit_scale_init=1.0,
         logit_bias_init=None,
     )
+
+
+def published_video(patch_size: int = 16, frames: int = 32) -> VideoConfig:
+    """TubeViT's four tubes (its tables 10 to 12), meant for pictures of 224 px and at least 20 frames.
+
+    Four times as many channels are read at half the stride in both directions of space ("4x spatial"). At 224 px and
+    with patches of 16: 539 tokens of 32 frames (the paper says 559; its own kernels, strides and offsets give 539),
+    1,176 of 64.
+    """
+    return VideoConfig(
+        frames=frames,
+        tubes=(
+            _patches(patch_size, every=32),
+            TubeConfig(kernel=(8, 8, 8), stride=(16, 32, 32), space_to_depth=(2, 1, 1)),
+            TubeConfig(kernel=(16, 4, 4), stride=(6, 32, 32), offset=(4, 8, 8), space_to_depth=(1, 2, 2)),
+            TubeConfig(kernel=(4, 12, 12), stride=(16, 32, 32), offset=(0, 16, 16)),
+        ),
+    )
+
+
+def demo_video() -> VideoConfig:
+    """For the demo's pictures of 96 px: 198 tokens of 16 frames.
+
+    The published shapes, brought closer together, because things that move are small here and a clip is short: the
+    patches of two frames (what is there, early and late: 72 tokens), short thick tubes in every patch (which way and
+    how fast: 72), one tube through all frames in every patch (when something passes: 36), and a few wide ones (18).
+    """
+    return VideoConfig(
+        frames=16,
+        tubes=(
+            _patches(16, every=8, first=4),
+            TubeConfig(kernel=(8, 8, 8), stride=(8, 16, 16), offset=(0, 4, 4)),
+            TubeConfig(kernel=(16, 4, 4), stride=(16, 16, 16), offset=(0, 6, 6)),
+            TubeConfig(kernel=(4, 12, 12), stride=(8, 32, 32), offset=(2, 10, 10)),
+        ),
+    )
+
+
+def video_for(vision: VisionConfig) -> VideoConfig:
+    """Tubes for a model that has seen pictures only: the published ones, or for small pictures the demo's. Raises
+    CheckpointError where none of them fit."""
+    usual = published_video(vision.patch_size) if vision.image_size >= 160 else demo_video()
+    chosen = tiny_video() if vision.image_size < 64 else usual
+    if problem := chosen.problem(vision):
+        raise CheckpointError(f"no tubes are known for this encoder; set model.video in the config: {problem}")
+    return chosen
+
+
+def tiny_video() -> VideoConfig:
+    """For tests, with `tiny`: 14 tokens of 4 frames, every kind of tube."""
+    return VideoConfig(
+        frames=4,
+        tubes=(
+            _patches(16, every=2),
+            TubeConfig(kernel=(2, 16, 16), stride=(4, 16, 16)),
+            TubeConfig(kernel=(3, 8, 8), stride=(1, 32, 32), offset=(0, 4, 4), space_to_depth=(1, 2, 2)),
+        ),
+    )
+
+
+def patches_only(patch_size: int, frames: int, every: int, first: int = 0) -> VideoConfig:
+    """The picture's patches of every so manieth frame, and no tubes: clips as sets of pictures."""
+    return VideoConfig(frames=frames, tubes=(_patches(patch_size, every=every, first=first),))
 
 
 OPENMAMMUT_SIZES = tuple(f"{size}-{patch}" for size in "SMBLH" for patch in (32, 16, 14))
@@ -175,6 +239,11 @@ def openmammut_config(
         logit_scale_init=1 / 0.07,
         logit_bias_init=None,
     )
+
+
+def _patches(patch_size: int, *, every: int, first: int = 0) -> TubeConfig:
+    patch = (patch_size, patch_size)
+    return TubeConfig(kernel=(1, *patch), stride=(every, *patch), offset=(first, 0, 0))
 
 
 def _paper_vision(*, image_size: int, patch_size: int, width: int, layers: int, heads: int) -> VisionConfig:

@@ -1,6 +1,6 @@
 """The one text decoder. Two passes over one set of weights (paper section 2) are two methods, never one with a flag.
 
-contrastive pass: bidirectional, cross-attention blocks skipped whole, mean over the sequence.
+contrastive pass: bidirectional (causal for comparison), cross-attention blocks skipped whole, mean over the sequence.
 caption pass: causal, a cross-attention block after some self blocks, vocabulary projection.
 """
 
@@ -44,15 +44,18 @@ class TextDecoder(nn.Module):
     def contrastive(self, ids: Tensor) -> Tensor:
         """The text tower: ids int64[B, L] to the mean of the sequence float32[B, W], not normalised. No vocabulary."""
         x = self.token_embedding(ids) + self.positions[: ids.shape[1]]
+        order = causal_mask(ids.shape[1], 0, x) if self.config.contrastive_mask == "causal" else None
         if not self.config.mask_pads:
-            return self._bidirectional(x, None).mean(dim=1)
+            return self._alone(x, order).mean(dim=1)
         real = ids != self.pad_id
         hidden = torch.zeros(real.shape, dtype=x.dtype, device=x.device).masked_fill(~real, -math.inf)
-        x = self._bidirectional(x, hidden[:, None, None, :])
+        mask = hidden[:, None, None, :]
+        x = self._alone(x, mask if order is None else mask + order)
         weight = real.to(x.dtype)[:, :, None]
         return (x * weight).sum(dim=1) / weight.sum(dim=1)
 
-    def _bidirectional(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _alone(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Without the picture."""
         for block in self.self_blocks:
             x = block(x, mask)
         out: Tensor = self.final_norm(x)

@@ -36,9 +36,21 @@ class VisionEncoder(nn.Module):
             tokens float32[B, N, W] as the decoder's memory is made from, and their pooled vector float32[B, W].
         """
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        return self.encode(x, self.positions)
+
+    def encode(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder behind the embedding.
+
+        Args:
+            x: float32[B, n, W], embedded patches (or tubes), without positions and class token.
+            positions: float32[class_token + n, W], added to them; the class token's first.
+
+        Returns:
+            as `forward`.
+        """
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self.positions
+        x = x + positions
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         for block in self.blocks:

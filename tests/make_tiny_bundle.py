@@ -1,4 +1,4 @@
-"""Makes tests/data/tiny-bundle: a real bundle, by the real exporter, small enough to be committed.
+"""Makes tests/data/tiny-bundle and tiny-video-bundle: real bundles, by the real exporter, small enough to be committed.
 
     python tests/make_tiny_bundle.py
 
@@ -17,12 +17,23 @@ import torch
 from mammut import presets
 from mammut.bpe_training import train_tokenizer
 from mammut.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mammut.model import Mammut
+from mammut.config import TubeConfig, VideoConfig
+from mammut.model import Mammut, with_video
 from mammut_export.export import export
 from mammut_runtime.preprocess import PreprocessRule
 from mammut_runtime.tokenizer import Tokenizer
 
 BUNDLE = Path(__file__).parent / "data" / "tiny-bundle"
+VIDEO_BUNDLE = BUNDLE.with_name("tiny-video-bundle")
+VIDEO = VideoConfig(
+    frames=4,
+    tubes=(
+        TubeConfig(kernel=(1, 8, 8), stride=(2, 8, 8)),
+        TubeConfig(kernel=(2, 8, 8), stride=(4, 16, 16)),
+        TubeConfig(kernel=(4, 4, 4), stride=(4, 16, 16), offset=(0, 2, 2), space_to_depth=(1, 2, 2)),
+    ),
+)
+"""Every kind of tube; 40 tokens, where a picture has 16."""
 VOCAB_SIZE = 540
 """512 for the bytes, 3 special ones, and a few words."""
 PROMPTS = {
@@ -59,10 +70,23 @@ def tiny_checkpoint(folder: Path) -> Checkpoint:
     return load_checkpoint(folder / "tiny")
 
 
+def tiny_video_checkpoint(folder: Path) -> Checkpoint:
+    """The same with VIDEO, whose tubes and gate are no longer as inflating made them."""
+    base = tiny_checkpoint(folder)
+    model = with_video(base.model, VIDEO)
+    generator = torch.Generator().manual_seed(20_261_124)
+    for name, parameter in model.named_parameters():
+        if name.startswith("tubes."):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator) if parameter.dim() else 0.7)
+    save_checkpoint(folder / "tiny-video", model, base.tokenizer_json, base.preprocess, base.prompts)
+    return load_checkpoint(folder / "tiny-video")
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        result = export(tiny_checkpoint(Path(folder)), BUNDLE, overwrite=BUNDLE.exists())
-    print(f"{result.path}: {result.bundle_bytes:,} bytes")
+    for make, place in ((tiny_checkpoint, BUNDLE), (tiny_video_checkpoint, VIDEO_BUNDLE)):
+        with tempfile.TemporaryDirectory() as folder:
+            result = export(make(Path(folder)), place, overwrite=place.exists())
+        print(f"{result.path}: {result.bundle_bytes:,} bytes")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -105,3 +106,26 @@ def test_engines_and_precisions_are_measured_and_compared(
     said = "\n".join(bench.expectations([rows[0] | {"resident_ratio": 1.0}, rows[1] | {"encode_own_speedup": 1.6}]))
     assert "tiny, onnxruntime fp32: resident memory 1.000, expected <= 1.4: pass" in said
     assert "tiny, onnxruntime int8: encode 1.600, expected >= 1.7: FALLS SHORT" in said
+
+
+def test_clips_are_measured_stage_by_stage_and_their_memory_compared(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = load("benchmarks/bench_video.py")
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    clip = bench.written(tmp_path / "clip.mp4", bench.moving(45))
+    memory = "0.02,0.04"  # minutes
+    bench.main.callback((TINY_BUNDLE,), "", clip, "", memory, False, "1")
+    shown = capsys.readouterr().out.splitlines()
+    found = json.loads(shown[-1])
+    (row,) = found["rows"]
+    assert row["frames"] == 45 and row["length_s"] == pytest.approx(1.5) and row["scenes"] >= 1 and row["cues"] >= 1
+    assert row["decode_s"] > 0 and 0 < row["encode_s"] < row["whole_s"] and row["decoding_share"] > 0
+    assert row["times_real_time"] == pytest.approx(row["length_s"] / row["whole_s"]) and row["way"] == "pictures"
+    assert [each["length_s"] for each in found["memory"]] == pytest.approx([1.2, 2.4], abs=0.1)
+    assert any("memory, last over first" in line for line in shown)
+    bench.show(row | {"model": "demo", "times_real_time": 19.0})
+    bench.show(row | {"model": "demo", "times_real_time": 21.0})
+    bench.show(row | {"model": "B-32", "times_real_time": 1.0})
+    said = capsys.readouterr().out
+    assert said.count("expected >= 20.0: FALLS SHORT") == said.count("expected >= 20.0: pass") == 1

@@ -32,8 +32,12 @@ ARROWS: dict[str, set[str]] = {
 }
 RUNTIME_MAY_IMPORT = {"numpy", "cv2", "tokenizers", "ftfy", "click"}
 """Import names of the base dependencies in pyproject.toml."""
-ENGINES = {"engines/onnxruntime.py": "onnxruntime", "engines/openvino.py": "openvino"}
-"""The only files that may name an engine library."""
+ENGINES = {
+    "engines/onnxruntime.py": "onnxruntime",
+    "engines/openvino.py": "openvino",
+    "video/cluster.py": "ray",
+}
+"""The only files that may name an engine's library, or a cluster's."""
 
 
 def imported(source: str) -> Iterator[str]:
@@ -146,6 +150,7 @@ BLOCKED = {
     "onnx",
     "onnxruntime",
     "openvino",
+    "ray",
     "safetensors",
     "PIL",
     "mammut",

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mammut_calibration.data import Damaged, Dataset, Question, Sample
-from mammut_calibration.questions import DEFAULT_NAMES, DEFAULT_QUESTIONS, SHORT_QUESTION
+from mammut_calibration.questions import DEFAULT_NAMES, DEFAULT_QUESTIONS, SHORT_QUESTION, names_to_find
 from mammut_runtime.bundle import Bundle
 from mammut_runtime.cached_decoder import CachedDecoder, CacheShape
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.captioner import Memory
+from mammut_runtime.detection.boxes import Detection
 from mammut_runtime.engines import Engine, EngineOptions, open_engine
 from mammut_runtime.errors import InputError
 from mammut_runtime.model import Model, Seen
@@ -36,6 +37,8 @@ FEW_TEXTS = 8
 QUESTIONS_EACH = 3
 """Questions asked about a picture."""
 MAX_CANDIDATES = 32
+HESITANT = 0.7
+"""Times the threshold: what one bundle finds just above it and the other just below was found by both."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,19 @@ class Behaviour:
     """To each of the picture's questions."""
     unasked: tuple[str, ...]
     """Questions that could not be asked, and why."""
+    clip_embeddings: Floats
+    """float32[P, E], of the clip that each picture is from or that was made of it; [0, E] without a video graph."""
+    clip_captions: tuple[tuple[int, ...], ...] = ()
+    """Of these clips, as `captions`."""
+    clip_forced: tuple[tuple[int, ...], ...] = ()
+    """As `forced`."""
+    detections: tuple[tuple[Detection, ...], ...] = ()
+    """What is found in each picture of names_to_find, down to HESITANT times the bundle's own threshold; empty in a
+    bundle without a detector."""
+    detection_threshold: float = 0.0
+    """The bundle's own."""
+    filmed: int = 0
+    """Of the clips: parts of the data's own. The others were made of pictures, by a crop that moves."""
 
 
 def observe(
@@ -94,7 +110,7 @@ def observe(
         _check_reference(reference, opened, data)
     observer = _Observer(opened, data, reference, questions, reference.max_tokens if reference else max_tokens, options)
     try:
-        for done, sample in enumerate(data, 1):
+        for done, sample in enumerate(data.samples(clip_frames=opened.manifest.model.video_frames), 1):
             observer.take(sample)
             progress(done, len(data), sample.name)
         return observer.result()
@@ -128,6 +144,12 @@ class _Observer:
         self._questions: list[tuple[Question, ...]] = []
         self._answers: list[tuple[str, ...]] = []
         self._unasked: dict[str, str] = {}
+        self._clip_embeddings: list[Floats] = []
+        self._clip_captions: list[tuple[int, ...]] = []
+        self._clip_forced: list[tuple[int, ...]] = []
+        self._filmed = 0
+        self._rule = bundle.manifest.detection
+        self._detections: list[tuple[Detection, ...]] = []
 
     def _open(self, name: str) -> Engine:
         engine = open_engine(self._bundle.graph_path(name), self._bundle.manifest.target, self._options)
@@ -143,12 +165,16 @@ class _Observer:
         seen = self.model.encode(sample.image)
         self._samples.append(_without_picture(sample))
         self._embeddings.append(seen.embedding)
+        if self.model.watches:
+            self._watch(sample, index)
+        if self._rule is not None:
+            names = names_to_find(self._bundle.manifest)
+            self._detections.append(seen.detect(names, HESITANT * self._rule.threshold).detections)
         if "decoder" not in self._bundle.manifest.graphs:
             return
-        caption = seen.caption(CaptionOptions(beams=1, max_tokens=self._max_tokens))
-        ids = caption.ids + ((self.model.manifest.text.end_id,) if caption.finished else ())
+        text, ids = self._described(seen)
         self._captions.append(ids)
-        self._caption_texts.append(caption.text)
+        self._caption_texts.append(text)
         self._forced.append(self._led(seen, self._reference.captions[index]) if self._reference else ids)
         asked = self._reference.questions[index] if self._reference else self._questions_for(sample, index)
         answered = self._answered(seen, asked)
@@ -156,6 +182,21 @@ class _Observer:
             answered = self._answered(seen, (SHORT_QUESTION,))
         self._questions.append(tuple(question for question, _ in answered))
         self._answers.append(tuple(answer for _, answer in answered))
+
+    def _watch(self, sample: Sample, index: int) -> None:
+        """Look at the picture's clip."""
+        clip = self.model.encode_frames(sample.clip(self.model.manifest.model.video_frames))
+        self._filmed += bool(sample.filmed)
+        self._clip_embeddings.append(clip.embedding)
+        if "decoder" in self._bundle.manifest.graphs:
+            ids = self._described(clip)[1]
+            self._clip_captions.append(ids)
+            self._clip_forced.append(self._led(clip, self._reference.clip_captions[index]) if self._reference else ids)
+
+    def _described(self, seen: Seen) -> tuple[str, tuple[int, ...]]:
+        """The greedy caption: its text and ids, the end among them where the model ended it."""
+        caption = seen.caption(CaptionOptions(beams=1, max_tokens=self._max_tokens))
+        return caption.text, caption.ids + ((self.model.manifest.text.end_id,) if caption.finished else ())
 
     def _led(self, seen: Seen, wanted: Sequence[int]) -> tuple[int, ...]:
         """The most probable token at each place of a caption, given the tokens before it."""
@@ -237,6 +278,12 @@ class _Observer:
             forced=tuple(self._forced),
             answers=tuple(self._answers),
             unasked=tuple(f"{text!r}: {problem}" for text, problem in self._unasked.items()),
+            clip_embeddings=np.array(self._clip_embeddings, np.float32).reshape(-1, manifest.model.embed_dim),
+            clip_captions=tuple(self._clip_captions),
+            clip_forced=tuple(self._clip_forced),
+            detections=tuple(self._detections),
+            detection_threshold=self._rule.threshold if self._rule is not None else 0.0,
+            filmed=self._filmed,
         )
 
     def _texts(self) -> list[str]:

@@ -3,7 +3,8 @@
 The runtime's own Model does everything a device would do. Its engines are replaced by ones that show what flows inside
 them, so preprocessing, tokens, prompts and caches are real by construction:
 
-    vision   the picture                             memory   the picture's tokens
+    vision   the picture                             memory   the picture's tokens, and the clip's
+    video    the clip that the picture is from, or one made of it
     text     the data's texts, else the model's own captions, and the prompt forms
     decoder  the prompt of captions and of a question, then each generated token with the caches so far
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from mammut_calibration.activations import SCOPES, Scope, activation_names, read_graph
 from mammut_calibration.data import MIN_PICTURES, Damaged, Dataset, Sample
 from mammut_calibration.observe import DEFAULT_BUDGET_BYTES, ObservedEngine
-from mammut_calibration.questions import DEFAULT_QUESTIONS, SHORT_QUESTION
+from mammut_calibration.questions import DEFAULT_QUESTIONS, SHORT_QUESTION, names_to_find
 from mammut_calibration.statistics import TensorCollector
 from mammut_calibration.table import (
     THUMBNAIL,
@@ -113,7 +114,7 @@ def calibrate(
         run.resume(state)
         note(f"going on after {run.done} of {len(data)} pictures ({state})")
     try:
-        for sample in data.samples(run.done):
+        for sample in data.samples(run.done, bundle.manifest.model.video_frames):
             run.take(sample)
             progress(run.done, len(data), sample.name)
             if state is not None and run.done % options.save_every == 0 and run.done < len(data):
@@ -140,6 +141,7 @@ class _Run:
         self._damaged: list[str] = []
         self.done = self._pictures = self._repeated = self._constant = 0
         self._texts = self._own_texts = self._tokens = 0
+        self._clips = self._filmed = 0
 
     def _open(self, name: str) -> ObservedEngine:
         path = self._bundle.graph_path(name)
@@ -186,6 +188,10 @@ class _Run:
         """Everything that the bundle can do with a picture."""
         graphs = self._bundle.manifest.graphs
         own: list[str] = []
+        if "video" in graphs:
+            self._watch(sample)
+        if "detector" in graphs:
+            self._model.detect(sample.image, names_to_find(self._bundle.manifest))
         if "vision" in graphs:
             seen = self._model.encode(sample.image)
             if "decoder" in graphs:
@@ -198,6 +204,14 @@ class _Run:
             TextTower(self._text_graph, self._model.tokenizer, self._bundle.manifest.text).embed(texts)
             self._texts += len(texts)
             self._own_texts += 0 if sample.captions or sample.label else len(texts)
+
+    def _watch(self, sample: Sample) -> None:
+        """Look at a clip, and let the model describe it."""
+        clip = self._model.encode_frames(sample.clip(self._bundle.manifest.model.video_frames))
+        self._clips += 1
+        self._filmed += bool(sample.filmed)
+        if "decoder" in self._bundle.manifest.graphs:
+            self._tokens += len(clip.caption(CaptionOptions(beams=1, max_tokens=self._options.max_tokens)).ids)
 
     def _ask(self, seen: Seen, sample: Sample) -> int:
         """Let the model answer a question about the picture; the number of tokens that it wrote."""
@@ -252,6 +266,7 @@ class _Run:
         self.done, self._pictures = then.done, then.pictures
         self._repeated, self._constant = then.repeated, then.constant
         self._texts, self._own_texts, self._tokens = then.texts, then.own_texts, then.tokens
+        self._clips, self._filmed = then.clips, then.filmed
 
     def table(self, complete: bool) -> CalibrationTable:
         """What was gathered so far."""
@@ -282,6 +297,8 @@ class _Run:
             texts=self._texts,
             own_texts=self._own_texts,
             tokens=self._tokens,
+            clips=self._clips,
+            filmed=self._filmed,
             versions=_versions(),
         )
 

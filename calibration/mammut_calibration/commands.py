@@ -15,6 +15,7 @@ import click
 
 from mammut_calibration.activations import SCOPES
 from mammut_calibration.collect import CalibrateOptions, calibrate
+from mammut_calibration.commands_scores import scores
 from mammut_calibration.data import DEFAULT_HELD_OUT, DEFAULT_LIMIT, Dataset, open_dataset
 from mammut_calibration.plot import write_plot
 from mammut_calibration.table import CalibrationTable, save_table
@@ -79,6 +80,8 @@ def cli(
 
     BUNDLE_OR_CHECKPOINT is an fp32 bundle, or a checkpoint in any form that mammut-export takes. DATA are folders of
     pictures, WebDataset tars, and clips. Interrupted, the same command goes on where it stopped.
+
+    `mammut-calibrate scores --help`: thresholds of a detector's names, by how many false alarms are bearable.
     """
     options = CalibrateOptions(scope=scope, max_damaged=max_damaged, max_tokens=max_tokens, threads=threads)  # type: ignore[arg-type]
     if out.exists() and not overwrite:
@@ -149,6 +152,8 @@ def _report(table: CalibrationTable, out: Path, page: Path, as_json: bool) -> No
         f"{header.pictures} different pictures ({header.repeated} repeated, {header.constant} of one colour and "
         f"{len(header.damaged)} damaged left out), {header.texts} texts, {header.tokens} generated tokens"
     )
+    if header.clips:
+        click.echo(f"{header.clips} clips: {header.filmed} filmed, {header.clips - header.filmed} made of pictures")
     click.echo(f"tensors: {tensors}")
     click.echo(f"table:   {console.printable(str(out))}")
     click.echo(f"plot:    {console.printable(str(page))}")
@@ -158,4 +163,6 @@ def main() -> int:
     """The entry point of `mammut-calibrate`."""
     # FFmpeg writes to the terminal what it thinks of damaged clips; we name them ourselves. Read when it is first used.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    if sys.argv[1:2] == ["scores"]:
+        return console.run(scores, sys.argv[2:])
     return console.run(cli)

@@ -10,6 +10,7 @@ used, whatever the files are called.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from mammut_calibration.notes import Question
 from mammut_calibration.sources import MAX_PICTURE_BYTES, Frame, Item, find_items
+from mammut_runtime.canary import moving_crops
 from mammut_runtime.errors import InputError
 from mammut_runtime.pictures import Picture, read_picture
 
@@ -46,6 +48,16 @@ class Sample:
     captions: tuple[str, ...] = ()
     label: str | None = None
     questions: tuple[Question, ...] = ()
+    filmed: tuple[NDArray[np.uint8], ...] = ()
+    """Frames of the clip that the picture is from, from it to the next one: uint8[H, W, 3], RGB, in order. Empty for a
+    picture that is from no clip, and unless they were asked for."""
+
+    def clip(self, frames: int) -> tuple[NDArray[np.uint8], ...]:
+        """What was filmed; else a clip of so many frames made of the picture, by a crop that moves over it."""
+        if self.filmed:
+            return self.filmed
+        pixels = self.image.rgb() if isinstance(self.image, Picture) else self.image
+        return tuple(moving_crops(pixels, frames))
 
 
 @dataclass(frozen=True)
@@ -76,13 +88,17 @@ class Dataset:
     def __iter__(self) -> Iterator[Sample | Damaged]:
         return self.samples()
 
-    def samples(self, start: int = 0) -> Iterator[Sample | Damaged]:
-        """Every picture from the index `start` on, in order, those that cannot be used as Damaged."""
+    def samples(self, start: int = 0, clip_frames: int = 0) -> Iterator[Sample | Damaged]:
+        """Every picture from the index `start` on, in order, those that cannot be used as Damaged.
+
+        clip_frames: of pictures from clips, also the part up to the next picture, as this many frames spread evenly
+        over it (`Sample.filmed`). So no part of a clip belongs to two pictures.
+        """
         clips = _ClipReader()
         try:
             for item in self.items[start:]:
                 try:
-                    yield _read(item, clips)
+                    yield _read(item, clips, clip_frames)
                 except InputError as problem:
                     yield Damaged(item.name, str(problem))
         finally:
@@ -142,18 +158,20 @@ def open_dataset(places: Sequence[str | Path], limit: int = DEFAULT_LIMIT, frame
     return Dataset(tuple(items), tuple(item.digest(clips) for item in items))
 
 
-def _read(item: Item, clips: _ClipReader) -> Sample:
+def _read(item: Item, clips: _ClipReader, clip_frames: int) -> Sample:
     notes = item.notes()
     image: Picture | NDArray[np.uint8]
+    filmed: tuple[NDArray[np.uint8], ...] = ()
     if isinstance(item.picture, Frame):
         image = clips.read(item.picture, item.name)
+        filmed = clips.part(item.picture, image, clip_frames)
     else:
         try:
             data = item.picture.read(MAX_PICTURE_BYTES)
         except InputError as problem:
             raise InputError(f"{item.name}: {problem}") from problem
         image = read_picture(data, name=item.name)
-    return Sample(item.name, image, notes.captions, notes.label, notes.questions)
+    return Sample(item.name, image, notes.captions, notes.label, notes.questions, filmed)
 
 
 class _ClipReader:
@@ -163,6 +181,7 @@ class _ClipReader:
         self._capture: Any = None
         self._path: Path | None = None
         self._next = 0
+        """Index of the frame that is read next."""
 
     def read(self, frame: Frame, name: str) -> NDArray[np.uint8]:
         """uint8[H, W, 3], RGB, turned as the clip says. Raises InputError."""
@@ -178,6 +197,23 @@ class _ClipReader:
             raise InputError(f"{name}: this frame cannot be decoded")
         rgb: NDArray[np.uint8] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
         return rgb
+
+    def part(self, frame: Frame, first: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], ...]:
+        """`count` frames from the middles of as many equal parts of the frame's span, after `read` gave its first.
+
+        A part with fewer frames has some of them repeatedly. Where the clip ends, or cannot be decoded, the last good
+        frame stays.
+        """
+        found: list[NDArray[np.uint8]] = []
+        last, index = first, frame.index
+        for place in range(count):
+            wanted = frame.index + (2 * place + 1) * frame.span // (2 * count)
+            if wanted > index:
+                with contextlib.suppress(InputError):
+                    last = self.read(Frame(frame.path, wanted, frame.time_s), "")
+                index = wanted
+            found.append(last)
+        return tuple(found)
 
     def close(self) -> None:
         if self._capture is not None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mammut_calibration.behaviour import Behaviour, Progress, observe
 from mammut_calibration.data import Dataset, Question
 from mammut_runtime.bundle import Bundle
+from mammut_runtime.detection.boxes import Box, iou_matrix
 from mammut_runtime.engines import EngineOptions
 from mammut_runtime.errors import InputError
 from mammut_runtime.manifest import ROUNDING
@@ -35,6 +36,10 @@ MEASURES = (
     "forced_token_agreement",
     "caption_agreement",
     "answer_agreement",
+    "clip_cosine_mean",
+    "clip_cosine_min",
+    "clip_forced_token_agreement",
+    "detection_agreement",
 )
 """Names of what is measured: fields of Drift, and of DriftLimits."""
 _EXAMPLES = 12
@@ -63,6 +68,13 @@ class DriftLimits:
     """Greedy captions that are the same in every token."""
     answer_agreement: float = 0.90
     """Questions that get the same answer."""
+    clip_cosine_mean: float = 0.995
+    """Of embeddings of clips, in a bundle with a video graph."""
+    clip_cosine_min: float = 0.97
+    clip_forced_token_agreement: float = 0.96
+    """As forced_token_agreement, of captions of clips."""
+    detection_agreement: float = 0.90
+    """Of things that either finds, those that both find: the same name, and boxes that overlap by half or more."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -123,6 +135,15 @@ class Drift:
     forced_token_agreement: float | None
     caption_agreement: float | None
     answer_agreement: float | None
+    clip_cosine_mean: float | None
+    clip_cosine_min: float | None
+    clip_forced_token_agreement: float | None
+    detection_agreement: float | None
+    """None also where nothing was found at all."""
+    clips: int
+    """That were shown to both; 0 without a video graph."""
+    filmed: int
+    """Of these: parts of the data's own clips. The others were made of its pictures, by a crop that moves."""
     where: dict[str, str]
     """Measure -> the picture or text that was worst in it."""
     captions: tuple[CaptionPair, ...]
@@ -182,6 +203,9 @@ def compare(reference: Behaviour, candidate: Behaviour) -> Drift:
     text_cosines = _cosines(reference.text_embeddings, candidate.text_embeddings)
     if reference.texts:
         where["text_cosine_mean"] = where["text_cosine_min"] = repr(reference.texts[int(text_cosines.argmin())])
+    clip_cosines = _cosines(reference.clip_embeddings, candidate.clip_embeddings)
+    if clip_cosines.size:
+        where["clip_cosine_mean"] = where["clip_cosine_min"] = reference.pictures[int(clip_cosines.argmin())]
     pairs = list(zip(reference.captions, candidate.captions, strict=True))
     forced = zip(reference.captions, candidate.forced, strict=True)
     answers = [
@@ -209,6 +233,14 @@ def compare(reference: Behaviour, candidate: Behaviour) -> Drift:
         forced_token_agreement=_token_share(list(forced)),
         caption_agreement=_share([before == after for before, after in pairs]),
         answer_agreement=_share([before == after for before, after in answers]),
+        clip_cosine_mean=_share(clip_cosines),
+        clip_cosine_min=float(clip_cosines.min()) if clip_cosines.size else None,
+        clip_forced_token_agreement=_token_share(
+            list(zip(reference.clip_captions, candidate.clip_forced, strict=True))
+        ),
+        detection_agreement=_detection_agreement(reference, candidate),
+        clips=len(clip_cosines),
+        filmed=reference.filmed,
         where=where,
         captions=_examples(reference, candidate),
         unasked=reference.unasked,
@@ -246,6 +278,23 @@ def _token_share(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float 
     if not pairs:
         return None
     return same / places if places else 1.0
+
+
+def _detection_agreement(reference: Behaviour, candidate: Behaviour) -> float | None:
+    least = reference.detection_threshold
+    found = [
+        any(each.name == other.name and _overlap(each.box, other.box) >= 0.5 for other in others)
+        for pair in zip(reference.detections, candidate.detections, strict=True)
+        for own, others in (pair, pair[::-1])
+        for each in own
+        if each.score >= least
+    ]
+    return _share(found)
+
+
+def _overlap(one: Box, other: Box) -> float:
+    """Intersection over union."""
+    return float(iou_matrix(np.array([one.xyxy], np.float32), np.array([other.xyxy], np.float32))[0, 0])
 
 
 def _share(values: Any) -> float | None:

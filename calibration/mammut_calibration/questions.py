@@ -1,8 +1,9 @@
-"""Questions that can be asked about any picture, for data that bring none of their own."""
+"""Questions and names that can be tried on any picture, for data that bring none of their own."""
 
 from __future__ import annotations
 
 from mammut_calibration.notes import Question
+from mammut_runtime.manifest import Manifest
 
 DEFAULT_QUESTIONS: tuple[Question, ...] = (
     Question("what is this?", None, ("a person", "an animal", "a plant", "a building", "a vehicle", "a thing")),
@@ -22,3 +23,11 @@ DEFAULT_NAMES = (
     "table", "chair", "book", "shirt", "shoe", "plate of food", "cup", "mountain", "river", "map", "drawing",
 )  # fmt: skip
 """Things to match pictures with, for data without captions and class names."""
+
+_NAMES_TO_FIND = 24
+
+
+def names_to_find(manifest: Manifest) -> tuple[str, ...]:
+    """What a detector is asked for: names that it was trained with, spread over all of them; else everyday ones."""
+    own = manifest.detection.base_names if manifest.detection is not None else ()
+    return own[:: max(1, len(own) // _NAMES_TO_FIND)][:_NAMES_TO_FIND] or DEFAULT_NAMES

@@ -59,12 +59,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture of a clip."""
+    """A picture of a clip, and the part of the clip that begins with it."""
 
     path: Path
     index: int
     """Counted from 0."""
     time_s: float
+    span: int = 1
+    """Frames from this one to the next that is taken: the part of the clip that it stands for."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,9 @@ def _in_clip(path: Path, frame_every_s: float) -> Iterator[Item]:
         capture.release()
     fps = fps if 0 < fps <= 1000 else 25.0
     frames = int(count) if 1 <= count <= MAX_FRAMES else 1
-    for index in range(0, frames, max(1, round(fps * frame_every_s))):
-        yield Item(f"{path} at {index / fps:.1f} s", Frame(path, index, index / fps))
+    step = max(1, round(fps * frame_every_s))
+    for index in range(0, frames, step):
+        yield Item(f"{path} at {index / fps:.1f} s", Frame(path, index, index / fps, step))
 
 
 def _file_hash(path: Path) -> str:

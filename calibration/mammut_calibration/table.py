@@ -24,7 +24,7 @@ from mammut_calibration.statistics import BINS, DEFAULT_PERCENTILE, METHODS, Met
 from mammut_runtime.bundle import Bundle
 from mammut_runtime.errors import InputError
 from mammut_runtime.manifest import WEIGHTS_FILE
-from mammut_runtime.strict import Between, Length, Matching, from_dict, parse_json, to_dict, to_json
+from mammut_runtime.strict import Between, Length, Matching, Omissible, from_dict, parse_json, to_dict, to_json
 
 FORMAT: Final = 1
 SUFFIX = ".npz"
@@ -91,6 +91,10 @@ class TableHeader:
     """Of these: written by the model, because the data had none."""
     tokens: Count
     """Tokens that the decoder generated."""
+    clips: Annotated[int, Between(0, 2**62), Omissible()] = 0
+    """Clips that the video graph was shown; none in a bundle without it."""
+    filmed: Annotated[int, Between(0, 2**62), Omissible()] = 0
+    """Of these: parts of the data's clips. The others were made of its pictures, by a crop that moves."""
     versions: dict[Name, Name]
     """Tool -> version."""
 

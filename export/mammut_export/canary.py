@@ -23,7 +23,7 @@ from mammut_export.measure import open_here
 from mammut_export.samples import TEXTS
 from mammut_export.weights import half_rounded
 from mammut_runtime.bundle import Bundle
-from mammut_runtime.canary import canary_picture
+from mammut_runtime.canary import canary_picture, moving_crops
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.engines import Engine
 from mammut_runtime.manifest import Canary, TextRule
@@ -67,7 +67,15 @@ def make_canary(checkpoint: Checkpoint, graphs: tuple[str, ...], rule: TextRule,
                 break
         ids = _canary_ids(checkpoint, rule) if "text" in graphs else []
         text_embedding = _floats(model.encode_text(torch.tensor([ids]))[0]) if ids else ()
-    return Canary(best, tuple(ids), embedding, text_embedding, caption, TOLERANCE[precision], PICTURE_HW)
+        clip_embedding = _clip_embedding(model, preprocess, best) if "video" in graphs else ()
+    tolerance = TOLERANCE[precision]
+    return Canary(best, tuple(ids), embedding, text_embedding, caption, tolerance, PICTURE_HW, clip_embedding)
+
+
+def _clip_embedding(model: Mammut, preprocess: Preprocessor, seed: int) -> tuple[float, ...]:
+    frames = moving_crops(canary_picture(seed, PICTURE_HW), model.config.video.frames if model.config.video else 0)
+    clip = torch.from_numpy(np.stack([preprocess(frame) for frame in frames]))
+    return _floats(model.encode_video(clip[None])[1][0])
 
 
 def observed_canary(bundle: Bundle, reference: Canary) -> Canary:
@@ -90,13 +98,11 @@ def observed_canary(bundle: Bundle, reference: Canary) -> Canary:
                 leads[seed] = _lead(logits)
         seed = max(leads, key=lambda each: leads[each])
         canary = dataclasses.replace(reference, seed=seed, tolerance=QUANTIZED_TOLERANCE)
-        embedding, text_embedding, caption_ids = model.canary_answers(canary)
-    return dataclasses.replace(
-        canary,
-        embedding=() if embedding is None else tuple(map(float, embedding)),
-        text_embedding=() if text_embedding is None else tuple(map(float, text_embedding)),
-        caption_ids=caption_ids or (),
-    )
+        answers = model.canary_answers(canary)
+    found: dict[str, Any] = {
+        name: () if vector is None else tuple(map(float, vector)) for name, vector in answers.embeddings.items()
+    }
+    return dataclasses.replace(canary, **found, caption_ids=answers.caption_ids or ())
 
 
 class _Listening:

@@ -13,11 +13,11 @@ from mammut_runtime import console
 from mammut_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from mammut_calibration.drift import DriftLimits
+    from mammut_calibration.drift import Drift, DriftLimits
     from mammut_export.export import ExportResult
     from mammut_export.quantize import QuantizedLayers
 
-TASK_NAMES = "caption,ask,match,search"
+TASK_NAMES = "caption,ask,match,search,watch,detect"
 
 
 @click.command("mammut-export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,7 +55,10 @@ TASK_NAMES = "caption,ask,match,search"
 @click.option("--max-beams", type=click.IntRange(1), default=8, show_default=True, help="TensorRT: most beams.")
 @click.option("--accept-drift", is_flag=True, help="Publish although limits are missed; the bundle says so ever after.")
 @click.option(
-    "--tasks", default=TASK_NAMES, show_default=True, help="What the device will do; fewer make a smaller bundle."
+    "--tasks",
+    metavar="TASK,...",
+    help=f"What the device will do, of {TASK_NAMES}; fewer make a smaller bundle. watch: clips, and how things move in "
+    "them. detect: boxes of named things.  [default: all that the checkpoint can do]",
 )
 @click.option("--image-size", type=int, metavar="PIXELS", help="Input size other than the trained one.")
 @click.option(
@@ -91,7 +94,7 @@ def cli(
     max_batch: int,
     max_beams: int,
     accept_drift: bool,
-    tasks: str,
+    tasks: str | None,
     image_size: int | None,
     max_tokens: int | None,
     pictures: tuple[Path, ...],
@@ -118,7 +121,7 @@ def cli(
     from mammut_export.plan import describe
     from mammut_export.profiles import ProfileLimits
 
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    names = None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     options = ExportOptions(
         target=target,
         precision=precision,
@@ -141,7 +144,7 @@ def cli(
     if dry_run or out is None:
         plan = plan_export(loaded, options)
         _check_device(device, options.target)
-        expected = forecast(plan, device, options.schemes).lines() if device is not None else []
+        expected = forecast(plan, device, plan.schemes).lines() if device is not None else []
         for line in [*describe(plan), *expected]:
             click.echo(line)
         return
@@ -226,6 +229,12 @@ def _kept(layers: QuantizedLayers) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
+def _clips(drift: Drift) -> str:
+    if not drift.clips:
+        return ""
+    return f" and {drift.clips} clips ({drift.filmed} filmed, {drift.clips - drift.filmed} made of the pictures)"
+
+
 def _gate_summary(result: ExportResult) -> list[str]:
     made = result.quantized
     assert made is not None
@@ -233,12 +242,17 @@ def _gate_summary(result: ExportResult) -> list[str]:
     lines = [f"precision: {kinds}"]
     if made.drift is not None:
         values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in made.drift.measures.items())
-        lines.append(f"drift on {made.drift.pictures} held-out pictures: {values}")
+        lines.append(f"drift on {made.drift.pictures} held-out pictures{_clips(made.drift)}: {values}")
     if made.failures:
         lines.append(f"the gate is NOT passed, accepted with --accept-drift: {'; '.join(made.failures)}")
     if result.measured is not None:
         before, after = (each.figures for each in result.measured)
-        pairs = [("encode_ms", "picture"), ("text_64_ms", "64 texts"), ("caption_ms", "caption of 20 tokens")]
+        pairs = [
+            ("encode_ms", "picture"),
+            ("encode_clip_ms", "clip"),
+            ("text_64_ms", "64 texts"),
+            ("caption_ms", "caption of 20 tokens"),
+        ]
         times = [
             f"{words} {before[key]:.1f} to {after[key]:.1f} ms"
             for key, words in pairs

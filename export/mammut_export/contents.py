@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from mammut.checkpoint import Checkpoint
@@ -16,6 +16,7 @@ from mammut_export.precisions import precision_name
 from mammut_export.profiles import ProfileLimits, profiles_for
 from mammut_export.weights import WeightStore, halve_matrices, move_to_store
 from mammut_runtime.bundle import hash_files, write_manifest
+from mammut_runtime.detection.rule import DetectionRule
 from mammut_runtime.errors import CheckpointError, InputError
 from mammut_runtime.manifest import (
     TOKENIZER_FILE,
@@ -68,9 +69,10 @@ def complete(
             precision=precision_name(schemes),  # type: ignore[arg-type]
             opset=onnx_graphs.OPSET,
             made_by=_made_by(checkpoint),
-            model=model_info(checkpoint),
+            model=model_info(checkpoint, graphs),
             preprocess=checkpoint.preprocess,
             text=rule,
+            detection=detection_rule(checkpoint, graphs),
             graphs=dict(graphs),
             parity={},
             quantization={},
@@ -109,10 +111,11 @@ def text_rule(checkpoint: Checkpoint, max_tokens: int | None) -> TextRule:
         )
 
 
-def model_info(checkpoint: Checkpoint) -> ModelInfo:
-    """The model's sizes as the manifest states them."""
+def model_info(checkpoint: Checkpoint, graphs: Collection[str] = ()) -> ModelInfo:
+    """The model's sizes as the manifest states them. graphs: of the bundle; those of clips stand there for "video"."""
     model, config = checkpoint.model, checkpoint.model.config
     bias = model.logit_bias
+    video = config.video if "video" in graphs else None
     return ModelInfo(
         name=config.name,
         image_tokens=config.vision.tokens,
@@ -127,7 +130,36 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
         logit_scale=float(model.logit_scale),
         logit_bias=0.0 if bias is None else float(bias),
         similarity="sigmoid" if config.contrastive == "focal" else "softmax",
+        video_frames=video.frames if video is not None else 0,
+        video_tokens=config.video_tokens if video is not None else 0,
     )
+
+
+def detection_rule(checkpoint: Checkpoint, graphs: Collection[str]) -> DetectionRule | None:
+    """How the device uses the detector; None where the bundle has none of `graphs` that is one."""
+    if checkpoint.detector is None or "detector" not in graphs:
+        return None
+    config = checkpoint.detector.config
+    return DetectionRule(
+        size=config.image_size,
+        mean=checkpoint.preprocess.mean,
+        std=checkpoint.preprocess.std,
+        fill=config.fill,
+        proposals=config.proposals,
+        nms_iou=config.nms_iou,
+        threshold=config.threshold,
+        templates=config.templates,
+        base_names=config.base_names,
+        weight_base=config.base_weight,
+        weight_novel=config.novel_weight,
+        objectness_power=config.objectness_power,
+    )
+
+
+def contract_of(checkpoint: Checkpoint, graphs: Collection[str]) -> dict[str, GraphInfo]:
+    """What each graph must be in a bundle that has these."""
+    rule = detection_rule(checkpoint, graphs)
+    return graph_contract(model_info(checkpoint, graphs), checkpoint.preprocess.size, detection=rule)
 
 
 def write_graphs(
@@ -137,12 +169,12 @@ def write_graphs(
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, GraphInfo]:
     """Trace the graphs and write their .onnx files and one weights.bin; what the files hold, for the manifest."""
-    contract = graph_contract(model_info(checkpoint), checkpoint.preprocess.size)
+    contract = contract_of(checkpoint, schemes)
     found = {}
     with WeightStore(folder / WEIGHTS_FILE) as store:
         for name, scheme in schemes.items():
             progress(f"tracing {name}")
-            onnx_model = onnx_graphs.to_onnx(traceable(name, checkpoint.model, contract[name]))
+            onnx_model = onnx_graphs.to_onnx(traceable(name, checkpoint, contract[name]))
             if scheme == "fp16":
                 halve_matrices(onnx_model)
             move_to_store(onnx_model, store)

@@ -25,7 +25,6 @@ from mammut_export import report
 from mammut_export.canary import make_canary, observed_canary
 from mammut_export.contents import complete, text_rule, write_bundle
 from mammut_export.gate import Gate, Quantized
-from mammut_export.graphs import graphs_for
 from mammut_export.measure import Measured, here, measure
 from mammut_export.options import ExportOptions
 from mammut_export.parity import DEFAULT_TOLERANCE, Parity, verify
@@ -69,8 +68,17 @@ class ExportResult:
 
 
 def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
-    """What `export` would make, without making it. Raises InputError for max_tokens beyond the model's context."""
-    return make_plan(checkpoint.model.config, options.schemes, text_rule(checkpoint, options.max_tokens).max_tokens)
+    """What `export` would make, without making it.
+
+    Raises InputError for max_tokens beyond the model's context, and for tasks that the checkpoint cannot do.
+    """
+    options = options.resolved(checkpoint)
+    return _plan(checkpoint, options.schemes, text_rule(checkpoint, options.max_tokens).max_tokens)
+
+
+def _plan(checkpoint: Checkpoint, schemes: Mapping[str, Scheme], max_tokens: int) -> Plan:
+    detection = checkpoint.detector.config if checkpoint.detector is not None else None
+    return make_plan(checkpoint.model.config, schemes, max_tokens, detection)
 
 
 def export(
@@ -87,7 +95,7 @@ def export(
     Raises VerificationError if the runtime does not give what PyTorch gives, or a quantized bundle does not pass the
     gate; InputError, BundleError and EngineError as their names say. After any of them `out` is as it was.
     """
-    options = options or ExportOptions()
+    options = (options or ExportOptions()).resolved(checkpoint)
     options.check_data()
     started = time.perf_counter()
     work = _Work(checkpoint, options, progress)
@@ -154,9 +162,8 @@ class _Work:
         options = self._options
         data = open_dataset(options.calibration, DATA_LIMIT) if options.calibration else None
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.float32.", dir=out.parent) as scratch:
-            names = graphs_for(options.tasks)
             target = "onnxruntime" if options.target == "tensorrt" else options.target
-            _, parity = self._proved(Path(scratch), target, dict.fromkeys(names, "fp32"))
+            _, parity = self._proved(Path(scratch), target, dict.fromkeys(options.graphs, "fp32"))
             reference = Bundle.open(scratch)
             gate = Gate(
                 reference,
@@ -181,7 +188,7 @@ class _Work:
             self.stopwatch("measuring")
             measured = measure(reference, options.threads), measure(Bundle.open(folder), options.threads)
         manifest = self._complete(folder, made.graphs, made.schemes, canary_of_itself=True)
-        self.plan = make_plan(self._checkpoint.model.config, made.schemes, self._rule.max_tokens)
+        self.plan = _plan(self._checkpoint, made.schemes, self._rule.max_tokens)
         manifest = dataclasses.replace(
             manifest, quantization=_quantization(made, options.target), drift=_drift_info(made)
         )
@@ -284,7 +291,11 @@ def _what_it_is(layers: QuantizedLayers) -> Scheme:
 def _embedding_drift(drift: Drift | None) -> dict[str, dict[str, float]]:
     if drift is None:
         return {}
-    cosines = {"vision": drift.embedding_cosine_mean, "text": drift.text_cosine_mean}
+    cosines = {
+        "vision": drift.embedding_cosine_mean,
+        "video": drift.clip_cosine_mean,
+        "text": drift.text_cosine_mean,
+    }
     return {graph: {"embedding": max(0.0, 1 - cosine)} for graph, cosine in cosines.items() if cosine is not None}
 
 
@@ -299,7 +310,7 @@ def _drift_info(made: Quantized) -> DriftInfo | None:
 def _check_canary(folder: Path, manifest: Manifest) -> None:
     """What doctor and verify do on the device must succeed here first."""
     with Model.load(folder, here(manifest.target), verify=False) as model:
-        result = compare(manifest.canary, *model.canary_answers(manifest.canary))
+        result = compare(manifest.canary, model.canary_answers(manifest.canary))
     if not result.ok:
         raise VerificationError(f"{result.message}. Nothing was published")
 

@@ -158,6 +158,8 @@ class Forecast:
     """While engines are built, one at a time; None where nothing is built."""
     caption_s: Band | None
     """Picture to a caption of CAPTION_TOKENS tokens, greedy; None without a decoder."""
+    clip_caption_s: Band | None
+    """The same of a clip whose frames are decoded; None without a decoder or a video graph."""
 
     def graph(self, name: str) -> GraphForecast:
         return next(each for each in self.graphs if each.graph == name)
@@ -171,6 +173,8 @@ class Forecast:
             lines.append(f"{each.graph:<10}{each.precision:<14}{_milliseconds(each.seconds):<22}{each.bound}")
         if self.caption_s is not None:
             lines.append(f"caption    {_milliseconds(self.caption_s)} from pixels to {CAPTION_TOKENS} tokens, greedy")
+        if self.clip_caption_s is not None:
+            lines.append(f"clip       {_milliseconds(self.clip_caption_s)} from a clip's frames to as many tokens")
         lines.append(f"memory     {_gigabytes(self.memory_bytes)} of {device.memory_bytes / GIGA:.0f} GB")
         if self.build_bytes is not None:
             lines.append(
@@ -225,7 +229,8 @@ def forecast(plan: Plan, device: Device | str, precision: Scheme | Mapping[str, 
         graphs,
         _memory(plan, device, schemes),
         _building(plan) if device.kind == "gpu" else None,
-        _caption(graphs),
+        _caption(graphs, "vision"),
+        _caption(graphs, "video", plan.clip_cross_bytes / max(plan.cross_bytes, 1)),
     )
     _check_fit(found)
     return found
@@ -313,12 +318,14 @@ def _is_half(scheme: Scheme, kind: Kind) -> bool:
     return kind == "gpu" and scheme != "fp32"
 
 
-def _caption(graphs: tuple[GraphForecast, ...]) -> Band | None:
+def _caption(graphs: tuple[GraphForecast, ...], encoder: str, tokens: float = 1.0) -> Band | None:
+    """tokens: what the encoder gives the decoder to look at, as a multiple of a picture's."""
     by_name = {each.graph: each.seconds for each in graphs}
-    if "decoder" not in by_name:
+    if "decoder" not in by_name or encoder not in by_name:
         return None
-    # The prompt is a few tokens in one run: about another step.
-    return by_name["vision"] + by_name["memory"] + by_name["decoder"].times(CAPTION_TOKENS + 1)
+    # The prompt is a few tokens in one run: about another step. What a step reads are weights, nearly all of it.
+    memory = by_name["memory"].times(tokens)
+    return by_name[encoder] + memory + by_name["decoder"].times(CAPTION_TOKENS + 1)
 
 
 def _memory(plan: Plan, device: Device, schemes: Mapping[str, Scheme]) -> Band:

@@ -49,6 +49,10 @@ _AT_FAULT = {
     "forced_token_agreement": ("decoder", "memory", "vision"),
     "caption_agreement": ("decoder", "memory", "vision"),
     "answer_agreement": ("decoder", "memory", "vision"),
+    "clip_cosine_mean": ("video",),
+    "clip_cosine_min": ("video",),
+    "clip_forced_token_agreement": ("decoder", "memory", "video"),
+    "detection_agreement": ("detector", "text"),
 }
 """Measure of drift → graphs that can spoil it, the likeliest first."""
 

@@ -14,14 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mammut.checkpoint import Checkpoint
 from mammut.model import Mammut
 from mammut.transformer import KeysValues
+from mammut_export.detections import aligned
 from mammut_export.graphs import traceable
 from mammut_runtime.engines import Engine
 from mammut_runtime.manifest import GraphInfo
 
 Arrays = dict[str, NDArray[Any]]
 BATCHES = (1, 2, 5)
+CLIP_BATCHES = (1, 3)
+DETECTIONS = ((1, 1), (2, 20), (1, 365), (3, 1203))
+"""(batch, names) of the detector."""
 LENGTHS = (1, 2, 7)
 """Of texts; the full context is added."""
 STEPS = ((1, 1, 1, 0), (1, 1, 4, 0), (2, 1, 1, 7), (1, 3, 1, 12), (5, 2, 1, 1), (2, 3, 3, 4), (1, 4, 2, 9))
@@ -29,21 +34,22 @@ STEPS = ((1, 1, 1, 0), (1, 1, 4, 0), (2, 1, 1, 7), (1, 3, 1, 12), (5, 2, 1, 1), 
 
 
 def replay(
-    graph: str, model: Mammut, info: GraphInfo, engine: Engine, seed: int = 0
+    graph: str, checkpoint: Checkpoint, info: GraphInfo, engine: Engine, seed: int = 0
 ) -> Iterator[tuple[str, Arrays, Arrays]]:
     """Run one graph at each shape of its lattice.
 
     Yields what the shape was ("batch 2, beams 3, new 1, past 7"), the engine's outputs, and the core's, by name.
     """
-    module = traceable(graph, model, info).module
+    module, model = traceable(graph, checkpoint, info).module, checkpoint.model
     generator = torch.Generator().manual_seed(seed)
-    for label, inputs in _CASES[graph](model, generator):
+    for label, inputs in _CASES[graph](model, info, generator):
         with torch.no_grad():
             wanted = module(*inputs)
         feeds = {t.name: value.numpy().astype(t.dtype) for t, value in zip(info.inputs, inputs, strict=True)}
         names = [tensor.name for tensor in info.outputs]
         got = {name: _single(value) for name, value in engine.run(feeds).items()}
-        yield label, got, {name: value.numpy() for name, value in zip(names, wanted, strict=True)}
+        right = {name: value.numpy() for name, value in zip(names, wanted, strict=True)}
+        yield label, *(aligned(got, right) if graph == "detector" else (got, right))
 
 
 def _single(value: NDArray[Any]) -> NDArray[Any]:
@@ -53,13 +59,32 @@ def _single(value: NDArray[Any]) -> NDArray[Any]:
 _Cases = Iterator[tuple[str, tuple[Tensor, ...]]]
 
 
-def _vision_cases(model: Mammut, generator: torch.Generator) -> _Cases:
+def _vision_cases(model: Mammut, info: GraphInfo, generator: torch.Generator) -> _Cases:
     size = model.config.vision.image_size
     for batch in BATCHES:
         yield f"batch {batch}", (torch.randn(batch, 3, size, size, generator=generator),)
 
 
-def _text_cases(model: Mammut, generator: torch.Generator) -> _Cases:
+def _video_cases(model: Mammut, info: GraphInfo, generator: torch.Generator) -> _Cases:
+    size, video = model.config.vision.image_size, model.config.video
+    frames = video.frames if video is not None else 0
+    for batch in CLIP_BATCHES:
+        yield f"batch {batch}", (torch.randn(batch, frames, 3, size, size, generator=generator),)
+
+
+def _detector_cases(model: Mammut, info: GraphInfo, generator: torch.Generator) -> _Cases:
+    """Names are unit vectors. A size that was taken for a constant shows with any picture; noise has few near ties."""
+    size, width = info.inputs[0].shape[-1], model.config.embed_dim
+    for batch, names in DETECTIONS:
+        classes = torch.nn.functional.normalize(torch.randn(names, width, generator=generator), dim=-1)
+        novel = (torch.arange(names) % 3 == 0).float()
+        yield (
+            f"batch {batch}, {names} names",
+            (torch.randn(batch, 3, int(size), int(size), generator=generator), classes, novel),
+        )
+
+
+def _text_cases(model: Mammut, info: GraphInfo, generator: torch.Generator) -> _Cases:
     context = model.config.text.context_length
     lengths = sorted({*(min(length, context) for length in LENGTHS), context})
     for index, length in enumerate(lengths):
@@ -70,34 +95,44 @@ def _text_cases(model: Mammut, generator: torch.Generator) -> _Cases:
         yield f"batch {batch}, length {length}", (ids,)
 
 
-def _memory_cases(model: Mammut, generator: torch.Generator) -> _Cases:
-    with torch.no_grad():
-        for batch in BATCHES:
-            tokens = torch.randn(batch, model.config.vision.tokens, model.config.vision.width, generator=generator)
-            yield f"batch {batch}", (tokens,)
+def _memory_cases(model: Mammut, info: GraphInfo, generator: torch.Generator) -> _Cases:
+    width, counts = model.config.vision.width, _token_counts(model, info)
+    for index, batch in enumerate(BATCHES * len(counts)):
+        count = counts[index % len(counts)]
+        yield f"batch {batch}, {count} tokens", (torch.randn(batch, count, width, generator=generator),)
 
 
-def _decoder_cases(model: Mammut, generator: torch.Generator) -> _Cases:
+def _decoder_cases(model: Mammut, info: GraphInfo, generator: torch.Generator) -> _Cases:
     """Caches are what the core itself gives for random ids, so that their values have a real model's spread."""
-    context, vision = model.config.text.context_length, model.config.vision
+    context, width = model.config.text.context_length, model.config.vision.width
+    counts = _token_counts(model, info)
     steps = [step for step in STEPS if step[2] + step[3] <= context] + [(1, 1, context, 0), (1, 2, 1, context - 1)]
-    for batch, beams, new, past in steps:
-        tokens = torch.randn(batch, vision.tokens, vision.width, generator=generator)
+    for index, (batch, beams, new, past) in enumerate(steps):
+        count = counts[index % len(counts)]
+        tokens = torch.randn(batch, count, width, generator=generator)
         with torch.no_grad():
             memory = model.memory(tokens)
             cache = model.empty_past(batch, beams)
             if past:
                 cache = model.decode_step(_ids(model, (batch, beams, past), generator), cache, memory)[1]
-        label = f"batch {batch}, beams {beams}, new {new}, past {past}"
+        label = f"batch {batch}, beams {beams}, new {new}, past {past}, {count} tokens"
         yield label, (_ids(model, (batch, beams, new), generator), *_flat(cache), *_flat(memory))
 
 
-_CASES: dict[str, Callable[[Mammut, torch.Generator], _Cases]] = {
+_CASES: dict[str, Callable[[Mammut, GraphInfo, torch.Generator], _Cases]] = {
     "vision": _vision_cases,
+    "video": _video_cases,
+    "detector": _detector_cases,
     "text": _text_cases,
     "memory": _memory_cases,
     "decoder": _decoder_cases,
 }
+
+
+def _token_counts(model: Mammut, info: GraphInfo) -> tuple[int, ...]:
+    """What `memory` and `decoder` are given: a picture's tokens and, where their number is free, a clip's."""
+    free = any("seen" in tensor.shape for tensor in info.inputs)
+    return (model.config.vision.tokens, *([model.config.video_tokens] if free else []))
 
 
 def _ids(model: Mammut, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mammut.checkpoint import Checkpoint
 from mammut_calibration.drift import DriftLimits
-from mammut_export.graphs import TASKS, graphs_for
+from mammut_export.graphs import TASKS, graphs_for, tasks_for
 from mammut_export.precisions import AUTO, QUANTIZED, parse_precision
 from mammut_export.profiles import ProfileLimits
 from mammut_runtime.errors import InputError
@@ -22,8 +24,8 @@ class ExportOptions:
     """One of precisions.TARGETS."""
     precision: str = "fp32"
     """See precisions.parse_precision; or precisions.AUTO."""
-    tasks: tuple[str, ...] = TASKS
-    """Some of TASKS: only the graphs that they need are made."""
+    tasks: tuple[str, ...] | None = None
+    """Some of TASKS: only the graphs that they need are made. None: all that the checkpoint can do."""
     max_tokens: int | None = None
     """Longest caption the bundle is made and checked for, new tokens. None: 40, or what the context leaves."""
     tolerance: float | None = None
@@ -57,9 +59,7 @@ class ExportOptions:
         if self.table is not None and "int8" not in schemes.values() and not self.auto:
             raise InputError("a calibration table is used by int8 and auto only; leave it out")
         if self.largest != ProfileLimits() and self.target != "tensorrt":
-            raise InputError(
-                f"--max-batch and --max-beams are for target tensorrt, got {self.target}; leave them out"
-            )
+            raise InputError(f"--max-batch and --max-beams are for target tensorrt, got {self.target}; leave them out")
         used = self.quantized or (self.target == "tensorrt" and self.precision != "fp32")
         if self.calibration and not used:
             raise InputError(
@@ -71,6 +71,15 @@ class ExportOptions:
                 "precision auto measures on this machine, and TensorRT builds on the device; choose fp16, int8 or int4"
             )
 
+    def resolved(self, checkpoint: Checkpoint) -> ExportOptions:
+        """With the tasks for this checkpoint. Raises InputError for what it cannot do."""
+        return dataclasses.replace(self, tasks=tasks_for(checkpoint, self.tasks))
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs to make; before `resolved`, of all that there may be."""
+        return graphs_for(TASKS if self.tasks is None else self.tasks)
+
     @property
     def auto(self) -> bool:
         return self.precision == AUTO
@@ -78,7 +87,7 @@ class ExportOptions:
     @property
     def schemes(self) -> Mapping[str, Scheme]:
         """Graph → precision; with AUTO, before anything was measured, fp32."""
-        return parse_precision("fp32" if self.auto else self.precision, graphs_for(self.tasks), self.target)
+        return parse_precision("fp32" if self.auto else self.precision, self.graphs, self.target)
 
     @property
     def quantized(self) -> bool:

@@ -19,16 +19,18 @@ import torch
 from numpy.typing import NDArray
 
 from mammut.checkpoint import Checkpoint
-from mammut.generate import greedy
+from mammut.generate import greedy_from_tokens
+from mammut_export.detections import PIXELS, SCORE, DetectionParity, compare_detections
 from mammut_export.graphs import unit_and_norm
 from mammut_export.lattice import replay
 from mammut_export.measure import here
 from mammut_export.samples import TEXTS, Sample
+from mammut_runtime.canary import moving_crops
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.engines import open_engine
 from mammut_runtime.errors import VerificationError
 from mammut_runtime.manifest import Manifest, ParityInfo
-from mammut_runtime.model import Model
+from mammut_runtime.model import Model, Seen
 from mammut_runtime.preprocess import Preprocessor
 
 DEFAULT_TOLERANCE = {"fp32": 5e-5, "fp16": 5e-3}
@@ -37,6 +39,9 @@ PyTorch differ by on deep models. fp16: float16 keeps 11 bits of each weight, 5e
 7e-4 in their outputs."""
 ERROR_FLOOR = 1e-7
 """Of values near 1. An output that is all zeros would otherwise have the tolerance 0."""
+
+ABSOLUTE = {"detector.boxes": PIXELS, "detector.scores": SCORE}
+"""Outputs that may differ by so much whatever their size."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,15 @@ class CaptionParity:
     """A greedy caption by the runtime and by the core's slow reference."""
 
     picture: str
+    """Its name, or that of the picture that a clip was made of."""
     text: str
     ids: tuple[int, ...]
     reference_ids: tuple[int, ...]
     verdict: Literal["same", "tie", "different"]
     gap: float | None
     """Where they part: how much larger the core's logit of its own choice is than that of the runtime's."""
+    clip: bool = False
+    """Of a clip that was made of the picture (canary.moving_crops)."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Parity:
     relative_tolerance: float
     outputs: tuple[OutputParity, ...]
     captions: tuple[CaptionParity, ...]
+    detections: tuple[DetectionParity, ...]
     shapes: tuple[str, ...]
     """"graph: shape" of every replay."""
     drift: float
@@ -105,11 +114,12 @@ class Parity:
             if not each.ok
         ]
         return found + [
-            f"the caption of {each.picture!r} is {list(each.ids)}, PyTorch's {list(each.reference_ids)} "
+            f"the caption of {'a clip of ' if each.clip else ''}{each.picture!r} is {list(each.ids)}, PyTorch's "
+            f"{list(each.reference_ids)} "
             f"(its choice is better by {each.gap:.3g})"
             for each in self.captions
             if each.verdict == "different"
-        ]
+        ] + [f"detections in {each.picture!r}: {each.problem}" for each in self.detections if each.problem]
 
     def manifest_entries(self) -> dict[str, ParityInfo]:
         """For the manifest. Only when there are no problems."""
@@ -142,13 +152,14 @@ def verify(
     for name, info in manifest.graphs.items():
         progress(f"replaying {name}")
         with contextlib.closing(open_engine(folder / info.file, manifest.target, here(manifest.target))) as engine:
-            for label, got, wanted in replay(name, checkpoint.model, info, engine):
+            for label, got, wanted in replay(name, checkpoint, info, engine):
                 shapes.append(f"{name}: {label}")
                 for output, reference in wanted.items():
                     ledger.add(f"{name}.{output}", label, got.get(output), reference)
     progress("comparing pictures and texts")
     with Model.load(folder, here(manifest.target), verify=False) as model:
-        pixels, drift = _compare_pictures(ledger, model, checkpoint, samples)
+        pictures, drift = _compare_pictures(ledger, model, checkpoint, samples)
+        clips = _compare_clips(ledger, model, checkpoint, samples) if model.watches else []
         if "text" in manifest.graphs:
             _compare_texts(ledger, model, checkpoint)
         outputs = ledger.results(tolerance)
@@ -156,10 +167,27 @@ def verify(
         if "decoder" in manifest.graphs:
             progress("comparing captions")
             limit = 2 * next(each.tolerance for each in outputs if each.output == "decoder.logits")
-            captions = tuple(_compare_captions(model, checkpoint, samples, pixels, limit))
+            captions = tuple(_compare_captions(model, checkpoint, [*pictures, *clips], limit))
+        detections: tuple[DetectionParity, ...] = ()
+        if model.detects and checkpoint.detector is not None:
+            progress("comparing detections")
+            pixels = [(sample.name, sample.pixels) for sample in samples]
+            detections = tuple(compare_detections(model, checkpoint.detector, pixels))
         progress("timing")
         timings = tuple(_time(model, samples[0]))
-    return Parity(tolerance, outputs, captions, tuple(shapes), drift, timings)
+    return Parity(tolerance, outputs, captions, detections, tuple(shapes), drift, timings)
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """A picture or clip that both have looked at."""
+
+    name: str
+    clip: bool
+    seen: Seen
+    """By the runtime."""
+    tokens: torch.Tensor
+    """By the core, float32[1, N, Wv]."""
 
 
 class _Ledger:
@@ -187,7 +215,7 @@ class _Ledger:
             OutputParity(
                 name,
                 error,
-                max(tolerance * self._largest[name], ERROR_FLOOR),
+                max(tolerance * self._largest[name], ABSOLUTE.get(name, ERROR_FLOOR)),
                 self._largest[name],
                 case,
                 self._cases[name],
@@ -198,21 +226,42 @@ class _Ledger:
 
 def _compare_pictures(
     ledger: _Ledger, model: Model, checkpoint: Checkpoint, samples: Sequence[Sample]
-) -> tuple[list[torch.Tensor], float]:
+) -> tuple[list[_Compared], float]:
     """The runtime's whole way from a picture to its embedding.
 
-    Returns the core's inputs, float32[1, 3, S, S] each, and the mean of 1 - cosine of the embeddings.
+    Returns also the mean of 1 - cosine of the embeddings.
     """
     preprocess = Preprocessor(checkpoint.preprocess)
-    pixels = [torch.from_numpy(preprocess(sample.pixels))[None] for sample in samples]
-    drifts = []
-    for sample, each, seen in zip(samples, pixels, model.encode_batch([s.pixels for s in samples]), strict=True):
+    drifts, found = [], []
+    for sample, seen in zip(samples, model.encode_batch([s.pixels for s in samples]), strict=True):
         with torch.no_grad():
-            tokens, embedding = (output[0].numpy() for output in checkpoint.model.encode_image(each))
-        ledger.add("vision.tokens", sample.name, seen.tokens.astype(np.float32), tokens)
-        ledger.add("vision.embedding", sample.name, seen.embedding, embedding)
-        drifts.append(max(0.0, 1 - float(seen.embedding.astype(np.float64) @ embedding)))
-    return pixels, float(np.mean(drifts))
+            tokens, embedding = checkpoint.model.encode_image(torch.from_numpy(preprocess(sample.pixels))[None])
+        _compare_seen(ledger, "vision", sample.name, seen, tokens, embedding)
+        drifts.append(max(0.0, 1 - float(seen.embedding.astype(np.float64) @ embedding[0].numpy())))
+        found.append(_Compared(sample.name, False, seen, tokens))
+    return found, float(np.mean(drifts))
+
+
+def _compare_clips(ledger: _Ledger, model: Model, checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[_Compared]:
+    """The same of clips, each made of a picture."""
+    preprocess = Preprocessor(checkpoint.preprocess)
+    found = []
+    for sample in samples:
+        frames = moving_crops(sample.pixels, model.manifest.model.video_frames)
+        seen = model.encode_frames(frames)
+        with torch.no_grad():
+            clip = torch.from_numpy(np.stack([preprocess(frame) for frame in frames]))
+            tokens, embedding = checkpoint.model.encode_video(clip[None])
+        _compare_seen(ledger, "video", f"clip of {sample.name}", seen, tokens, embedding)
+        found.append(_Compared(sample.name, True, seen, tokens))
+    return found
+
+
+def _compare_seen(
+    ledger: _Ledger, graph: str, name: str, seen: Seen, tokens: torch.Tensor, embedding: torch.Tensor
+) -> None:
+    ledger.add(f"{graph}.tokens", name, seen.tokens.astype(np.float32), tokens[0].numpy())
+    ledger.add(f"{graph}.embedding", name, seen.embedding, embedding[0].numpy())
 
 
 def _compare_texts(ledger: _Ledger, model: Model, checkpoint: Checkpoint) -> None:
@@ -226,28 +275,27 @@ def _compare_texts(ledger: _Ledger, model: Model, checkpoint: Checkpoint) -> Non
 
 
 def _compare_captions(
-    model: Model, checkpoint: Checkpoint, samples: Sequence[Sample], pixels: Sequence[torch.Tensor], limit: float
+    model: Model, checkpoint: Checkpoint, compared: Sequence[_Compared], limit: float
 ) -> Iterator[CaptionParity]:
     rule = model.manifest.text
     prompt = [rule.start_id, *checkpoint.tokenizer.encode(rule.prompts.get("caption", ""))]
-    for sample, each in zip(samples, pixels, strict=True):
-        caption = model.encode(sample.pixels).caption(CaptionOptions(beams=1))
-        (wanted,) = greedy(checkpoint.model, each, prompt, rule.end_id, rule.max_tokens)
-        if list(caption.ids) == wanted:
-            yield CaptionParity(sample.name, caption.text, caption.ids, tuple(wanted), "same", None)
-            continue
-        gap = _gap(checkpoint, each, prompt, [*caption.ids, rule.end_id], [*wanted, rule.end_id])
-        verdict: Literal["tie", "different"] = "tie" if abs(gap) <= limit else "different"
-        yield CaptionParity(sample.name, caption.text, caption.ids, tuple(wanted), verdict, gap)
+    for each in compared:
+        caption = each.seen.caption(CaptionOptions(beams=1))
+        wanted = greedy_from_tokens(checkpoint.model, each.tokens, prompt, rule.end_id, rule.max_tokens)
+        gap: float | None = None
+        verdict: Literal["same", "tie", "different"] = "same"
+        if list(caption.ids) != wanted:
+            gap = _gap(checkpoint, each.tokens, prompt, [*caption.ids, rule.end_id], [*wanted, rule.end_id])
+            verdict = "tie" if abs(gap) <= limit else "different"
+        yield CaptionParity(each.name, caption.text, caption.ids, tuple(wanted), verdict, gap, each.clip)
 
 
 def _gap(
-    checkpoint: Checkpoint, pixels: torch.Tensor, prompt: list[int], got: Sequence[int], wanted: Sequence[int]
+    checkpoint: Checkpoint, tokens: torch.Tensor, prompt: list[int], got: Sequence[int], wanted: Sequence[int]
 ) -> float:
     """At the first token where two captions part: the core's logit of `wanted` minus that of `got`."""
     position = next(i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b)
     with torch.no_grad():
-        tokens, _ = checkpoint.model.encode_image(pixels)
         logits = checkpoint.model.caption_logits(tokens, torch.tensor([[*prompt, *wanted[:position]]]))[0, -1]
     return float(logits[wanted[position]] - logits[got[position]])
 
@@ -264,6 +312,12 @@ def _time(model: Model, sample: Sample, runs: int = 3) -> Iterator[Timing]:
         return float(np.median(times)) * 1e3
 
     yield Timing("picture to embedding", median(lambda: model.encode(sample.pixels)))
+    if model.watches:
+        clip = moving_crops(sample.pixels, model.manifest.model.video_frames)
+        yield Timing(f"clip of {len(clip)} frames to embedding", median(lambda: model.encode_frames(clip)))
+    if model.detects:
+        vocabulary = model.vocabulary(["a", "b"])
+        yield Timing("picture to detections of 2 names", median(lambda: model.detect(sample.pixels, vocabulary)))
     if "text" in graphs:
         texts = iter(f"{TEXTS[0]} {number}" for number in range(runs))  # new ones: the runtime remembers embeddings
         yield Timing("one text to embedding", median(lambda: model.embed_texts([next(texts)])))

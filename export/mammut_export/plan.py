@@ -8,12 +8,16 @@ Symbols: N image tokens, L tokens, C tokens looked at, W width, M MLP width. A m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mammut.config import MammutConfig, TextConfig
+from mammut.detection.config import DetectorConfig
+from mammut.detection.detector import Detector
 from mammut.model import Mammut
 from mammut_export.precisions import precision_name
 from mammut_runtime.manifest import Scheme
@@ -25,6 +29,10 @@ TABLE_BYTES: dict[Scheme, float] = {**BYTES, "int4": 1}
 """The same for the token embedding, whose rows are taken one by one."""
 CACHE_BYTES = 4
 """Keys and values are float32 in every precision."""
+CLIP_POSITIONS = "tubes.positions"
+"""The positions of a clip's tokens: no parameter, but a constant of the video graph that is made of some."""
+DETECTOR = "detector."
+"""Before the names of the detector's own parameters."""
 PROCESS_BYTES = 100_000_000
 """Python, the runtime's libraries, an engine and its buffers, without weights. Measured with ONNX Runtime 1.32 and two
 threads: the demo takes 134 MB in all, openMaMMUT B-32 895 MB, where this estimate says 137 and 834."""
@@ -42,7 +50,11 @@ class GraphPlan:
     packed_bytes: int
     """What an engine keeps of them in memory: matrices in an order of its own, of fp16 in float32."""
     operations: int
-    """Per run: one picture, one text of `Plan.text_tokens` tokens, or one new token after `Plan.past_tokens`."""
+    """Per run: one picture, one clip, one text of `Plan.text_tokens` tokens, or one new token after
+    `Plan.past_tokens`."""
+    per: str
+    """What a run is, in words: "a picture"."""
+    scheme: Scheme
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,8 @@ class Plan:
     """The decoder's keys and values of one picture."""
     cache_bytes_per_token: int
     """What one more token adds to the cache of one sequence (one beam)."""
+    clip_cross_bytes: int
+    """The same of one clip; 0 without the video graph."""
     text_tokens: int
     past_tokens: int
 
@@ -85,15 +99,29 @@ class Plan:
         packed = sum(graph.packed_bytes for graph in self.graphs)
         return packed + self.cross_bytes + self.cache_bytes + PROCESS_BYTES
 
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Graph → its precision."""
+        return {graph.name: graph.scheme for graph in self.graphs}
+
     def graph(self, name: str) -> GraphPlan:
         return next(graph for graph in self.graphs if graph.name == name)
 
 
-def make_plan(config: MammutConfig, schemes: Mapping[str, Scheme], max_tokens: int) -> Plan:
+def make_plan(
+    config: MammutConfig, schemes: Mapping[str, Scheme], max_tokens: int, detection: DetectorConfig | None = None
+) -> Plan:
     """The plan of a bundle. schemes: graph → its precision."""
     with torch.device("meta"):
         state = {name: value.shape for name, value in Mammut(config).state_dict().items()}
+    if config.video is not None:
+        state[CLIP_POSITIONS] = torch.Size([config.video_tokens, config.vision.width])
+    detector_runs = 0
+    if detection is not None and "detector" in schemes:
+        shapes, detector_runs = _detector(config, detection)
+        state |= shapes
     text = config.text
+    past = min(max_tokens, text.context_length)
     used = {graph: {name: state[name] for name in state if uses(graph, name, config)} for graph in schemes}
     union = {name: shape for shapes in used.values() for name, shape in shapes.items()}
     stored = {
@@ -101,11 +129,13 @@ def make_plan(config: MammutConfig, schemes: Mapping[str, Scheme], max_tokens: i
         for graph, scheme in schemes.items()
         for name in used[graph]
     }
-    operations = {
-        "vision": vision_operations(config),
-        "text": text_operations(text, text.context_length),
-        "memory": memory_operations(config),
-        "decoder": step_operations(config, min(max_tokens, text.context_length)),
+    runs: dict[str, Callable[[], tuple[int, str]]] = {
+        "vision": lambda: (vision_operations(config), "a picture"),
+        "video": lambda: (video_operations(config), f"a clip of {config.video.frames if config.video else 0} frames"),
+        "detector": lambda: (detector_runs, f"a picture of {detection.image_size if detection else 0} pixels"),
+        "text": lambda: (text_operations(text, text.context_length), f"a text of {text.context_length} tokens"),
+        "memory": lambda: (memory_operations(config), "a picture"),
+        "decoder": lambda: (step_operations(config, past), f"the next token after {past}"),
     }
     return Plan(
         name=config.name,
@@ -118,17 +148,23 @@ def make_plan(config: MammutConfig, schemes: Mapping[str, Scheme], max_tokens: i
                 sum(shape.numel() for shape in shapes.values()),
                 _stored_bytes(shapes, schemes[graph]),
                 _packed_bytes(graph, shapes, text, schemes[graph]),
-                operations[graph],
+                *runs[graph](),
+                schemes[graph],
             )
             for graph, shapes in used.items()
         ),
         parameters=sum(shape.numel() for shape in union.values()),
         unique_weight_bytes=sum(stored.values()),
-        cross_bytes=2 * len(text.cross_after) * config.vision.tokens * text.width * CACHE_BYTES,
+        cross_bytes=_cross_bytes(text, config.vision.tokens),
+        clip_cross_bytes=_cross_bytes(text, config.video_tokens) if "video" in schemes else 0,
         cache_bytes_per_token=2 * text.layers * text.width * CACHE_BYTES,
         text_tokens=text.context_length,
-        past_tokens=min(max_tokens, text.context_length),
+        past_tokens=past,
     )
+
+
+def _cross_bytes(text: TextConfig, tokens: int) -> int:
+    return 2 * len(text.cross_after) * tokens * text.width * CACHE_BYTES
 
 
 def describe(plan: Plan) -> list[str]:
@@ -137,16 +173,10 @@ def describe(plan: Plan) -> list[str]:
         f"{plan.name}: {_count(plan.parameters)} parameters, {plan.precision}, pictures of {plan.image_size} pixels",
         f"{'graph':<10}{'parameters':>12}{'weights':>12}{'operations':>14}",
     ]
-    per = {
-        "vision": "a picture",
-        "text": f"a text of {plan.text_tokens} tokens",
-        "memory": "a picture",
-        "decoder": f"the next token after {plan.past_tokens}",
-    }
     for graph in plan.graphs:
         lines.append(
             f"{graph.name:<10}{_count(graph.parameters):>12}{megabytes(graph.weight_bytes):>12}"
-            f"{_count(graph.operations):>14} for {per[graph.name]}"
+            f"{_count(graph.operations):>14} for {graph.per}"
         )
     shared = plan.separate_weight_bytes / max(plan.unique_weight_bytes, 1)
     lines += [
@@ -155,7 +185,9 @@ def describe(plan: Plan) -> list[str]:
     ]
     if any(graph.name == "decoder" for graph in plan.graphs):
         lines.append(
-            f"decoder's cache  {megabytes(plan.cross_bytes)} per picture, {megabytes(plan.cache_bytes)} per beam of "
+            f"decoder's cache  {megabytes(plan.cross_bytes)} per picture, "
+            + (f"{megabytes(plan.clip_cross_bytes)} per clip, " if plan.clip_cross_bytes else "")
+            + f"{megabytes(plan.cache_bytes)} per beam of "
             f"{plan.max_tokens} tokens"
         )
     return lines
@@ -169,6 +201,16 @@ def megabytes(size_bytes: int) -> str:
 # --- parameters -----------------------------------------------------------------------------------------------------
 
 
+def _detector(config: MammutConfig, detection: DetectorConfig) -> tuple[dict[str, torch.Size], int]:
+    """Shapes of the detector's own weights and constants, and the operations of one picture with 20 names."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        detector = Detector(detection, Mammut(config))
+        side = detection.image_size
+        detector(torch.empty(1, 3, side, side), torch.empty(20, config.embed_dim), torch.empty(20))
+    own = {**detector.own_state(), "positions": detector.positions}
+    return {DETECTOR + name: value.shape for name, value in own.items()}, int(counter.get_total_flops())
+
+
 def uses(graph: str, name: str, config: MammutConfig) -> bool:
     """Whether a graph computes with the core's parameter `name`."""
     shared_projection = config.vision.embedding == "memory_projection"
@@ -176,6 +218,14 @@ def uses(graph: str, name: str, config: MammutConfig) -> bool:
         return name.startswith(("vision.", "image_projection.")) or (
             shared_projection and name.startswith("memory_projection.")
         )
+    if graph == "video":
+        # Of the picture's positions the graph has only what was made of them.
+        encodes = name.startswith(("vision.", "tubes.projections.")) and name != "vision.positions"
+        return encodes or name == CLIP_POSITIONS or (uses("vision", name, config) and not name.startswith("vision."))
+    if graph == "detector":
+        encodes = name.startswith("vision.") and name != "vision.positions"
+        projects = uses("vision", name, config) and not name.startswith("vision.")
+        return name.startswith(DETECTOR) or encodes or projects
     if graph == "memory":
         return name.startswith("memory_projection.") or _makes_memory(name)
     if graph == "text":
@@ -218,10 +268,26 @@ def vision_operations(config: MammutConfig) -> int:
     """One picture through the encoder and the projection of its embedding."""
     vision = config.vision
     patches = 2 * vision.grid**2 * 3 * vision.patch_size**2 * vision.width
-    block = _self_attention(vision.tokens, vision.tokens, vision.width) + _mlp(
-        vision.tokens, vision.width, vision.mlp_width
-    )
-    return patches + vision.layers * block + 2 * vision.width * config.embed_dim
+    return patches + _encoder_operations(config, vision.tokens)
+
+
+def video_operations(config: MammutConfig) -> int:
+    """One clip through the tubes, the picture's encoder and the projection of its embedding; 0 without tubes."""
+    vision, video = config.vision, config.video
+    if video is None:
+        return 0
+    boxes = [
+        # A token that is made of several boxes gives each of them its share of the channels: the same operations.
+        math.prod(tube.counts(video.frames, vision.image_size)) * math.prod(tube.kernel)
+        for tube in video.tubes
+    ]
+    return 2 * 3 * sum(boxes) * vision.width + _encoder_operations(config, config.video_tokens)
+
+
+def _encoder_operations(config: MammutConfig, tokens: int) -> int:
+    vision = config.vision
+    block = _self_attention(tokens, tokens, vision.width) + _mlp(tokens, vision.width, vision.mlp_width)
+    return vision.layers * block + 2 * vision.width * config.embed_dim
 
 
 def text_operations(text: TextConfig, length: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mammut_runtime.errors import InputError
-from mammut_runtime.manifest import GraphInfo, InputProfile, Manifest, TextRule
+from mammut_runtime.manifest import GraphInfo, InputProfile, Manifest
 
 Limits = tuple[int, int, int]
 """Minimum, optimum, maximum of one size."""
@@ -27,6 +27,10 @@ class ProfileLimits:
     """In one call of `text`: the runtime's own batch size."""
     beams: int = 8
     """Sequences that share a picture. Beam search uses 3 unless told otherwise; answers to be scored count as beams."""
+    clips: int = 1
+    """In one call of `video`: the runtime looks at one clip at a time."""
+    names: int = 1203
+    """In a vocabulary for `detector`. 1,203 are LVIS's."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -37,7 +41,7 @@ class ProfileLimits:
 def profiles_for(manifest: Manifest, limits: ProfileLimits | None = None) -> dict[str, dict[str, InputProfile]]:
     """Manifest.profiles: graph -> input -> the sizes to build for. Inputs without free sizes are left out."""
     limits = limits or ProfileLimits()
-    return {name: _of_graph(name, graph, manifest.text, limits) for name, graph in manifest.graphs.items()}
+    return {name: _of_graph(name, graph, manifest, limits) for name, graph in manifest.graphs.items()}
 
 
 def activation_bytes(graph: GraphInfo, profiles: Mapping[str, InputProfile]) -> int:
@@ -57,8 +61,8 @@ def activation_bytes(graph: GraphInfo, profiles: Mapping[str, InputProfile]) -> 
     return total
 
 
-def _of_graph(name: str, graph: GraphInfo, rule: TextRule, limits: ProfileLimits) -> dict[str, InputProfile]:
-    sizes = _free_sizes(name, rule, limits)
+def _of_graph(name: str, graph: GraphInfo, manifest: Manifest, limits: ProfileLimits) -> dict[str, InputProfile]:
+    sizes = _free_sizes(name, manifest, limits)
     found = {}
     for tensor in graph.inputs:
         if not any(isinstance(size, str) for size in tensor.shape):
@@ -69,11 +73,12 @@ def _of_graph(name: str, graph: GraphInfo, rule: TextRule, limits: ProfileLimits
     return found
 
 
-def _free_sizes(name: str, rule: TextRule, limits: ProfileLimits) -> dict[str, Limits]:
+def _free_sizes(name: str, manifest: Manifest, limits: ProfileLimits) -> dict[str, Limits]:
     """Name of a free size -> its limits."""
+    rule, counts = manifest.text, manifest.model.token_counts
     length = rule.text_length
     texts = (length, length, length) if length else (2, max(2, rule.context_length // 2), rule.context_length)
-    batch = limits.texts if name == "text" else limits.pictures
+    batch = {"text": limits.texts, "video": limits.clips}.get(name, limits.pictures)
     return {
         "batch": (1, 1, batch),
         "beams": (1, 1, limits.beams),
@@ -81,4 +86,6 @@ def _free_sizes(name: str, rule: TextRule, limits: ProfileLimits) -> dict[str, L
         "past": (0, max(1, rule.max_tokens // 2), rule.context_length - 1),
         "new": (1, 1, rule.context_length),
         "length": texts,
+        "classes": (1, min(20, limits.names), limits.names),
+        "seen": (min(counts), counts[0], max(counts)),
     }

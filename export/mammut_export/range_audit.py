@@ -19,14 +19,14 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mammut_calibration.activations import activation_names, read_graph
-from mammut_calibration.data import Dataset, Sample
+from mammut_calibration.data import Sample
 from mammut_calibration.feeds import Feeds, record_feeds
 from mammut_calibration.observe import ObservedEngine
 from mammut_export import half_arithmetic, samples
@@ -124,7 +124,7 @@ def drawn_feeds(
     texts = itertools.cycle(TEXTS)
     shown = pictures[:PICTURES] or drawn_samples()
     found = [Sample(each.name, each.pixels, (next(texts),)) for each in shown]
-    return record_feeds(reference, cast(Dataset, found), len(found), threads=threads)
+    return record_feeds(reference, found, len(found), threads=threads)
 
 
 def audit_graph(path: Path, name: str, feeds: Sequence[Feeds], *, threads: int = 0) -> Audit:

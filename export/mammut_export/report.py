@@ -118,7 +118,8 @@ def as_json(facts: Facts) -> dict[str, Any]:
             "picture_embedding_drift": parity.drift,
             "shapes": list(parity.shapes),
         },
-        "captions": to_dict(parity.captions),
+        "captions": to_dict([caption for caption in parity.captions if not caption.clip]),
+        "captions_of_clips_made_of_the_pictures": to_dict([caption for caption in parity.captions if caption.clip]),
         "quantization": _quantization_json(facts),
         "float32_islands": {"audited_on": facts.audited_on, "found": list(facts.islands)},
         "timings_ms": {timing.what: round(timing.milliseconds, 3) for timing in parity.timings},
@@ -205,7 +206,8 @@ def _gate(facts: Facts) -> Iterable[str]:
     if made.drift is not None:
         yield (
             f"<h3>Drift</h3><p>On {made.drift.pictures} of your pictures that calibration did not see, with "
-            f"{made.drift.texts} texts, {made.drift.tokens} tokens of captions and {made.drift.questions} questions. "
+            f"{made.drift.texts} texts, {made.drift.tokens} tokens of captions and {made.drift.questions} questions"
+            f"{_clips(made.drift)}. "
             f"1 is no difference.</p>"
         )
         limits = made.limits.to_dict()
@@ -228,6 +230,13 @@ def _gate(facts: Facts) -> Iterable[str]:
     yield _table(("graph", "precision", "layers in it", "kept in 8 bits", "in floating point"), kinds)
     yield from _how_it_was_found(made)
     yield from _before_and_after(facts.examples)
+
+
+def _clips(drift: Drift) -> str:
+    if not drift.clips:
+        return ""
+    made = drift.clips - drift.filmed
+    return f"; on {drift.clips} clips, {drift.filmed} of them filmed and {made} made of the pictures by a moving crop"
 
 
 def _how_it_was_found(made: Quantized) -> Iterable[str]:
@@ -279,7 +288,7 @@ def _side_by_side(before: Measured, after: Measured) -> Iterable[Sequence[str]]:
 
 
 def _captions(facts: Facts) -> Iterable[str]:
-    captions = {caption.picture: caption for caption in facts.parity.captions}
+    captions = {caption.picture: caption for caption in facts.parity.captions if not caption.clip}
     yield "<h2>Pictures</h2>"
     yield f"<p>{escape(_pictures_kind(facts.samples))}.</p>"
     yield '<div class="pictures">'
@@ -288,6 +297,10 @@ def _captions(facts: Facts) -> Iterable[str]:
         yield f'<figure><img alt="{escape(sample.name)}" src="{_jpeg(sample.pixels)}">'
         yield f"<figcaption>{_caption_text(caption)}<small>{escape(sample.name)}</small></figcaption></figure>"
     yield "</div>"
+    clips = [caption for caption in facts.parity.captions if caption.clip]
+    if clips:
+        yield "<h2>Clips</h2><p>Made of these pictures, by a crop that moves over them: nothing was filmed.</p>"
+        yield _table(("picture", "caption", ""), ((each.picture, each.text, each.verdict) for each in clips))
 
 
 def _caption_text(caption: CaptionParity | None) -> str:
@@ -339,9 +352,14 @@ def _sizes(facts: Facts) -> Iterable[str]:
     ]
     yield _table(("file", "bytes"), rows)
     yield (
-        f"<p>Expected memory with all graphs open: about {megabytes(plan.resident_bytes)}. A picture's keys and values "
-        f"take {megabytes(plan.cross_bytes)}, a beam of {plan.max_tokens} tokens {megabytes(plan.cache_bytes)}.</p>"
+        f"<p>Expected memory with all graphs open: about {megabytes(plan.resident_bytes)}. A picture's keys and "
+        f"values take {megabytes(plan.cross_bytes)}, {_clip_bytes(plan)}a beam of "
+        f"{plan.max_tokens} tokens {megabytes(plan.cache_bytes)}.</p>"
     )
+
+
+def _clip_bytes(plan: Plan) -> str:
+    return f"a clip's {megabytes(plan.clip_cross_bytes)}, " if plan.clip_cross_bytes else ""
 
 
 def _times(facts: Facts) -> Iterable[str]:

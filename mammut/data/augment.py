@@ -49,6 +49,18 @@ class Augmenter:
         out = self._recolour(out, o.colour)
         return self._erase(out, o.erase)
 
+    def clips(self, frames: Tensor, size: int) -> Tensor:
+        """uint8[N, F, 3, S, S] to float32[N, F, 3, size, size] from 0 to 1: crop and recolour, all frames of a clip
+        alike. Neither mirrored nor tilted: texts may say which way something moves."""
+        n, count = frames.shape[:2]
+        area = self._uniform(n, self.options.min_area, 1.0).sqrt()
+        x, y = self._uniform(n, -1, 1) * (1 - area), self._uniform(n, -1, 1) * (1 - area)
+        out = self._warp(
+            frames.flatten(1, 2).float() / 255, (area, area), (x, y), torch.ones(n), "reflection", size, tilt=0.0
+        )
+        out = self._recolour(out.reshape(n * count, 3, size, size), self.options.colour, count)
+        return out.reshape(n, count, 3, size, size)
+
     def plain(self, pictures: Tensor, size: int) -> Tensor:
         """uint8[N, 3, S, S] to float32[N, 3, size, size] from 0 to 1: small shifts and brightness only."""
         n = len(pictures)
@@ -108,10 +120,12 @@ class Augmenter:
         grid = F.affine_grid(torch.stack([across, down], 1), [n, 1, size, size], align_corners=False)
         return F.grid_sample(pictures, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
-    def _recolour(self, pictures: Tensor, strength: float) -> Tensor:
-        n = len(pictures)
+    def _recolour(self, pictures: Tensor, strength: float, alike: int = 1) -> Tensor:
+        """alike: so many pictures in a row are changed in the same way."""
+        n = len(pictures) // alike
         factor = [self._uniform(n, 1 - strength, 1 + strength).view(n, 1, 1, 1) for _ in range(3)]
         tint = 1 + (torch.rand(n, 3, 1, 1, generator=self.generator) - 0.5) * strength / 2
+        factor, tint = [each.repeat_interleave(alike, 0) for each in factor], tint.repeat_interleave(alike, 0)
         out = pictures * factor[0] * tint
         grey = out.mean(dim=1, keepdim=True)
         out = grey + (out - grey) * factor[1]

@@ -7,7 +7,7 @@ a loader that is opened with them goes on with the batch that would have come ne
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mammut.data.augment import Augmenter
-from mammut.data.pairs import Pair, plain_pair, square
-from mammut.data.shards import Drawn, Position, Raw, Standing, deal, mixed
+from mammut.data.clip_scenes import compose_clip
+from mammut.data.clips import ClipPart, cropped, read_frames
+from mammut.data.pairs import Pair, plain_pair, read_drawing, square
+from mammut.data.scenes import Drawing, compose, trimmed
+from mammut.data.shards import Drawn, Mixture, Position, Raw, Standing, deal, expand, samples_of
 from mammut.training.contrast import ABSENT, text_key
 from mammut.training.objective import PairBatch
-from mammut.training.run_config import DataOptions
+from mammut.training.run_config import DataOptions, Source
 from mammut_runtime.errors import InputError
 from mammut_runtime.pictures import read_picture
 from mammut_runtime.preprocess import PreprocessRule
@@ -49,6 +52,8 @@ class Reading:
     seed: int
     rank: int
     ranks: int
+    frames: int = 0
+    """Of a clip; 0 where there are none."""
 
     @property
     def workers(self) -> int:
@@ -81,7 +86,7 @@ class LoadedBatch:
     """A micro-batch as it leaves a loading process."""
 
     pixels: Tensor
-    """uint8[B, 3, S, S]: a quarter of the bytes of what the model gets."""
+    """uint8[B, 3, S, S], or of clips uint8[B, F, 3, S, S]: a quarter of the bytes of what the model gets."""
     text_ids: Tensor
     """int64[T, L], and the following as in PairBatch."""
     keys: Tensor
@@ -113,6 +118,7 @@ class _Growing:
     """A batch in the making."""
 
     pictures: list[npt.NDArray[np.uint8]] = field(default_factory=list)
+    """[S, S, 3] each, or [F, S, S, 3]."""
     kinds: list[str] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     texts: dict[int, list[int]] = field(default_factory=dict)
@@ -146,24 +152,28 @@ class PairStream(IterableDataset[LoadedBatch]):
         growing, start = _Growing(), self.state.streams[number]
         parts = [deal(paths, reading.rank, reading.ranks, number, reading.workers) for paths in reading.sources]
         weights = [source.weight for source in options.sources]
-        for found in mixed(parts, weights, start, reading.seed, options.shuffle):
-            self._add(growing, found.drawn, maker, options.sources[found.source].kind)
+        mixture = Mixture(parts, weights, start, reading.seed, options.shuffle)
+        source: int | None = None
+        while True:
+            found = mixture.draw(source)
+            source = found.source if options.mixing == "batches" else None
+            self._add(growing, found.drawn, maker, options.sources[found.source])
             # A hopeless source must be heard of, not waited for: what is damaged travels in batches only.
             if len(growing.damaged) > 1000 and not growing.pictures:
                 raise InputError(f"1000 samples in a row cannot be used, the last: {growing.damaged[-1]}")
             if len(growing.pictures) == reading.batch_size:
                 yield maker.batch(growing, number, found.after)
-                growing = _Growing()
+                growing, source = _Growing(), None
 
     @staticmethod
-    def _add(growing: _Growing, drawn: Drawn, maker: ExampleMaker, kind: str) -> None:
+    def _add(growing: _Growing, drawn: Drawn, maker: ExampleMaker, source: Source) -> None:
         if drawn.sample is None:
             growing.broken.append(drawn.broken_shard)
             return
         growing.drawn += 1
         growing.seed = drawn.seed
         try:
-            maker.add(growing, drawn.sample, np.random.default_rng(drawn.seed), kind)
+            maker.add(growing, drawn.sample, np.random.default_rng(drawn.seed), source)
         except InputError as error:
             growing.damaged.append(f"{drawn.sample.name}: {error}")
 
@@ -199,12 +209,18 @@ class ExampleMaker:
         self.reading, self.options = reading, reading.options
         self.tokenizer = Tokenizer.from_bytes(reading.tokenizer_json)
         self.prompt = self._prompt(reading.prompts["caption"])
+        self._drawings: dict[tuple[str, ...], list[Drawing]] = {}
 
-    def add(self, growing: _Growing, raw: Raw, rng: np.random.Generator, kind: str = "photo") -> None:
+    def add(self, growing: _Growing, raw: Raw, rng: np.random.Generator, source: Source) -> None:
         """Raises InputError where the sample cannot be used."""
         if raw.problem:
             raise InputError(raw.problem)
-        pair, share = plain_pair(raw.name, raw.data, raw.row), self.options.question_share
+        if (raw.clip is not None) != (source.kind == "clip"):
+            has, wants = ("file", "clip") if source.kind == "clip" else ("clip", "file")
+            raise InputError(f"has {has!r}; a source of kind {source.kind!r} expects {wants!r}")
+        share = self.options.question_share if source.question_share is None else source.question_share
+        composed = self._composed(raw, rng, source) if source.drawings else None
+        pair = composed[0] if composed else plain_pair(raw.name, raw.data, raw.row)
         if share == 0 and not pair.captions:
             raise InputError("no caption")
         if share == 1 and not pair.questions:
@@ -212,15 +228,40 @@ class ExampleMaker:
         ask = bool(pair.questions) and (rng.random() < share or not pair.captions)
         caption = _chosen(pair.captions, rng) if pair.captions else ""
         written = self.answer(*_chosen(pair.questions, rng)) if ask else self._with_prompt(self.prompt, caption)
-        pixels = self._picture(pair, kind, rng)
+        if composed:
+            seen = composed[1]
+        else:
+            seen = self._clip(raw.clip, rng) if raw.clip else self._picture(pair, source.kind, rng)
         text, name = (_chosen(pair.matches, rng), pair.matches[0]) if pair.matches else (caption, caption)
         key = text_key(name) if name else ABSENT
         if name:
             growing.texts.setdefault(key, self._with_prompt([self.tokenizer.start_id], text)[0])
-        growing.pictures.append(pixels)
-        growing.kinds.append(kind)
+        growing.pictures.append(seen)
+        growing.kinds.append(source.kind)
         growing.keys.append(key)
         growing.written.append(written)
+
+    def _composed(self, raw: Raw, rng: np.random.Generator, source: Source) -> tuple[Pair, npt.NDArray[np.uint8]]:
+        """A new scene on this picture, uint8[S, S, 3], or a clip, uint8[F, S, S, 3], and what is said about it."""
+        if source.drawings not in self._drawings:
+            self._drawings[source.drawings] = read_drawings(source.drawings)
+        size = self.reading.image_size
+        if source.kind == "moving":
+            photo = square(raw.data, round(size * 4 / 3), alpha=False)
+            clip = compose_clip(rng, self._drawings[source.drawings], photo, self.reading.frames, size)
+            return Pair(raw.name, b"", clip.captions, clip.matches, clip.asked), clip.frames
+        background = square(raw.data, round(size * 1.5), alpha=False)
+        scene = compose(rng, self._drawings[source.drawings], background, size)
+        questions = tuple((question, answer) for _, question, answer in scene.questions)
+        return Pair(raw.name, b"", scene.captions, scene.matches, questions), scene.pixels
+
+    def _clip(self, clip: ClipPart, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+        """uint8[F, S, S, 3] as it will be seen; where it is still to be augmented, larger squares of the whole."""
+        reading, augmented = self.reading, self.options.augment is not None
+        side = round(reading.image_size * self.options.margin)
+        squash = augmented or reading.rule.resize_mode != "shortest"
+        frames = read_frames(clip, reading.frames, side, squash=squash, rng=rng if augmented else None)
+        return np.stack(frames) if augmented else cropped(frames, reading.image_size, rng)
 
     def _picture(self, pair: Pair, kind: str, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
         """uint8[S, S, 3] as it will be seen; where it is still to be augmented, a larger square (RGBA of drawings)."""
@@ -273,7 +314,8 @@ class ExampleMaker:
         )
 
     def _pixels(self, growing: _Growing) -> Tensor:
-        """uint8[B, 3, S, S]. Pictures are augmented kind by kind; drawings lie on the photographs of their batch."""
+        """uint8[B, 3, S, S], or [B, F, 3, S, S] of clips, which stand alone in their batch. Pictures are augmented kind
+        by kind; drawings lie on the photographs of their batch."""
         if self.options.augment is None:
             return _channels_first(growing.pictures)
         seed = int(np.random.default_rng(growing.seed).integers(2**62))
@@ -282,10 +324,15 @@ class ExampleMaker:
         kinds = growing.kinds
         rows = {kind: [i for i, own in enumerate(kinds) if own == kind] for kind in dict.fromkeys(kinds)}
         of_kind = {kind: _channels_first([growing.pictures[i] for i in own]) for kind, own in rows.items()}
-        out = torch.empty(len(growing.pictures), 3, size, size)
+        of_clips = growing.pictures[0].ndim == 4
+        out = torch.empty(len(growing.pictures), *([self.reading.frames] if of_clips else []), 3, size, size)
         for kind, pictures in of_kind.items():
             if kind == "drawing":
                 out[rows[kind]] = augmenter.drawings(pictures, of_kind.get("photo"), size)
+            elif kind == "clip":
+                out[rows[kind]] = augmenter.clips(pictures, size)
+            elif kind in ("scene", "moving"):
+                out[rows[kind]] = pictures.float() / 255
             else:
                 out[rows[kind]] = (augmenter.photos if kind == "photo" else augmenter.plain)(pictures, size)
         return (out.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -296,6 +343,17 @@ class ExampleMaker:
     def _with_prompt(self, prompt: list[int], text: str) -> tuple[list[int], int]:
         ids = [*prompt, *self.tokenizer.encode(text)][: self.reading.context_length - 1]
         return [*ids, self.tokenizer.end_id], min(len(prompt), len(ids))
+
+
+def read_drawings(files: Sequence[str]) -> list[Drawing]:
+    """Drawings from tars, named by their first caption. InputError where none, or a damaged one, is found."""
+    found = [
+        Drawing(plain_pair(sample.name, b"", sample.row).captions[0], "", trimmed(read_drawing(sample.data)))
+        for sample in samples_of(expand(files))
+    ]
+    if len({drawing.name for drawing in found}) < 2:
+        raise InputError(f"{', '.join(files)}: expected drawings of at least two things")
+    return found
 
 
 def picture(
@@ -318,7 +376,7 @@ def picture(
 
 
 def _channels_first(pictures: list[npt.NDArray[np.uint8]]) -> Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(pictures)).movedim(-1, -3).contiguous()
 
 
 def _chosen(options: tuple[Any, ...], rng: np.random.Generator) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 import webdataset
 from webdataset.shardlists import expand_urls
 
+from mammut.data.clips import ClipPart
 from mammut_runtime.errors import InputError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
@@ -60,6 +61,8 @@ class Raw:
     """Its JSON, or {"caption": ...}."""
     problem: str
     """Why it cannot be used, or ""."""
+    clip: ClipPart | None = None
+    """Instead of a picture."""
 
 
 @dataclass(frozen=True)
@@ -131,18 +134,26 @@ def deal(paths: Sequence[str], rank: int, ranks: int, worker: int, workers: int)
     return own
 
 
-def mixed(
-    sources: Sequence[Sequence[Part]], weights: Sequence[float], start: Standing, seed: int, shuffle: int
-) -> Iterator[Mixed]:
-    """Samples of several sources, each as often as its weight says, without end. Errors as stream's."""
-    streams = [stream(parts, position, seed, shuffle) for parts, position in zip(sources, start.positions, strict=True)]
-    own, positions, drawn = sources[0][0], list(start.positions), start.drawn
-    while True:
-        chance = random.Random(f"{seed} {own.path} {own.part} {drawn}")
-        source = chance.choices(range(len(streams)), weights)[0]
-        found = next(streams[source])
-        positions[source], drawn = found.after, drawn + 1
-        yield Mixed(source, found, Standing(tuple(positions), drawn))
+class Mixture:
+    """Samples of several sources, each as often as its weight says, without end."""
+
+    def __init__(
+        self, sources: Sequence[Sequence[Part]], weights: Sequence[float], start: Standing, seed: int, shuffle: int
+    ) -> None:
+        positions = zip(sources, start.positions, strict=True)
+        self._streams = [stream(parts, position, seed, shuffle) for parts, position in positions]
+        self._weights, self._seed, self._own = weights, seed, sources[0][0]
+        self._positions, self._drawn = list(start.positions), start.drawn
+
+    def draw(self, source: int | None = None) -> Mixed:
+        """The next sample, of this source or of one chosen by weight. Errors as stream's."""
+        if source is None:
+            chance = random.Random(f"{self._seed} {self._own.path} {self._own.part} {self._drawn}")
+            source = chance.choices(range(len(self._streams)), self._weights)[0]
+        found = next(self._streams[source])
+        self._positions[source] = found.after
+        self._drawn += 1
+        return Mixed(source, found, Standing(tuple(self._positions), self._drawn))
 
 
 def stream(parts: Sequence[Part], start: Position, seed: int, shuffle: int) -> Iterator[Drawn]:
@@ -252,16 +263,21 @@ def _read_lines(part: Part, problems: list[str], rng: random.Random | None = Non
         rng.shuffle(own)
     for number, line in own:
         row, problem = _object(line)
-        name, data = f"{path.name}:{number}", b""
-        if not problem:
+        name, data, clip = f"{path.name}:{number}", b"", None
+        if not problem and "clip" in row:
+            try:
+                clip = ClipPart.of_row(path.parent, row)
+            except InputError as error:
+                problem = str(error)
+        elif not problem:
             data, problem = _picture(path.parent, row)
-        yield Raw(name, data, row, problem)
+        yield Raw(name, data, row, problem, clip)
 
 
 def _picture(folder: Path, row: dict[str, Any]) -> tuple[bytes, str]:
     file = row.get("file")
     if not isinstance(file, str):
-        return b"", 'expected the key "file"'
+        return b"", 'expected the key "file", or "clip"'
     if Path(file).is_absolute() or ".." in Path(file).parts:
         return b"", f"{file!r} leaves the folder of the list"
     try:

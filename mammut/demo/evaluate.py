@@ -22,6 +22,8 @@ from torch import Tensor
 from mammut.checkpoint import Checkpoint
 from mammut.data.pairs import Pair, read_drawing
 from mammut.demo import recipe
+from mammut.evaluation.probe import linear_probe
+from mammut.evaluation.task_caption import caption_measures
 from mammut.model import Mammut
 from mammut.training.loop import Evaluate
 from mammut_runtime.pictures import read_picture
@@ -180,6 +182,7 @@ def _labelled(judge: Judge, pairs: list[Pair], trained: list[Pair], subject: str
         "pixel_neighbour": _share(
             [trained[n].captions[0] == t for n, t in zip(_neighbours(pairs, trained), truth, strict=True)]
         ),
+        "pixel_linear_probe": _share([n == r for n, r in zip(_pixel_probe(pairs, trained, names), right, strict=True)]),
         "most_frequent": _share([t == Counter(p.captions[0] for p in trained).most_common(1)[0][0] for t in truth]),
         "chance": 1 / len(names),
         "caption_exact_by_name": per_name,
@@ -210,15 +213,23 @@ def _emoji(judge: Judge, pairs: list[Pair], data: Path) -> dict[str, Any]:
 
 
 def _photos(judge: Judge, pairs: list[Pair], trained: list[Pair]) -> dict[str, Any]:
-    """Retrieval among the held-out photographs and their descriptions."""
-    _, embeddings = judge.see(pairs)
+    """Captions, and retrieval among the held-out photographs and their descriptions."""
+    tokens, embeddings = judge.see(pairs)
     texts = [pair.captions[0] for pair in pairs]
     scores = embeddings @ judge.embed(texts).T
     neighbours = [trained[n].captions[0] for n in _neighbours(pairs, trained)]
     overlap = word_overlap(neighbours, texts)
     every = torch.arange(len(pairs))
+    references = [(text,) for text in texts]
+    ciders = {
+        name: float(caption_measures(written, references)[1].mean())
+        for name, written in (
+            ("caption_cider_d", judge.write(tokens, [""] * len(pairs))), ("pixel_neighbour_cider_d", neighbours),
+        )
+    }  # fmt: skip
     return {
         "pictures": len(pairs),
+        **{name: round(value, 4) for name, value in ciders.items()},
         "picture_to_text_r1": _recall(scores, every, 1),
         "picture_to_text_r5": _recall(scores, every, 5),
         "text_to_picture_r1": _recall(scores.T, every, 1),
@@ -255,6 +266,12 @@ def _shapes(judge: Judge, pairs: list[Pair], trained: list[Pair]) -> dict[str, A
             [c == judge.spell(pairs[row].captions[0]) for c, row in zip(captions, captioned, strict=True)]
         ),
     }
+
+
+def _pixel_probe(pairs: Sequence[Pair], trained: Sequence[Pair], names: Sequence[str]) -> list[int]:
+    """For each picture the name that logistic regression on its 16 x 16 RGB pixels gives it."""
+    labels = np.array([names.index(pair.captions[0]) for pair in trained])
+    return [int(n) for n in linear_probe(_thumbnails(trained), labels, len(names), _thumbnails(pairs))]
 
 
 def _neighbours(pairs: Sequence[Pair], trained: Sequence[Pair]) -> list[int]:

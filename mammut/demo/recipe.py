@@ -26,10 +26,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mammut.bpe_training import train_tokenizer
+from mammut.checkpoint import load_checkpoint
+from mammut.config import VideoConfig
 from mammut.data.pairs import Pair, read_tars
-from mammut.presets import demo
+from mammut.demo.scene_names import SCENE_NAMES
+from mammut.presets import demo, demo_video
 from mammut.training.recipes import small_set
-from mammut.training.run_config import RunConfig, Source
+from mammut.training.run_config import RunConfig, Source, StageOptions
 from mammut_runtime.errors import InputError
 from mammut_runtime.tokenizer import Tokenizer
 
@@ -66,7 +69,13 @@ PROMPTS = {"caption": "", "ask": "question: {question} answer:", "zero_shot": "{
 
 VOCABULARY = 2048
 STEPS = 2866
-"""As many as the shipped weights took, of 96 pictures each."""
+"""Of the first stage, of 96 pictures each."""
+SCENE_STEPS = 1900
+"""Of the second, of 192 pictures each."""
+CLIP_STEPS = 700
+"""Of the third."""
+DETECTOR_STEPS = 1500
+"""Of the fourth, see mammut/detection."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,81 @@ def demo_run(data: Path, out: Path, steps: int = STEPS) -> RunConfig:
     model = demo(Tokenizer.from_bytes(tokenizer.read_bytes()).vocab_size)
     config = small_set(model, sources, steps, tokenizer=str(tokenizer))
     return dataclasses.replace(config, prompts=PROMPTS)
+
+
+def stage_run(stage: str, data: Path, out: Path, steps: int | None = None) -> RunConfig:
+    """A stage of the demo's training ("pictures", "scenes", "clips"); the later ones start from OUT/STAGE/checkpoint of
+    the one before. Errors as training_pairs' and load_checkpoint's."""
+    if stage == "pictures":
+        return demo_run(data, out, steps or STEPS)
+    if stage == "scenes":
+        return scenes_run(data, out, str(out / "pictures" / "checkpoint"), steps or SCENE_STEPS)
+    return clips_run(data, out, str(out / "scenes" / "checkpoint"), steps or CLIP_STEPS)
+
+
+def scenes_run(data: Path, out: Path, start: str, steps: int = SCENE_STEPS) -> RunConfig:
+    """The second stage: composed scenes beside everything else, at the full picture size, from the first stage's
+    checkpoint. A batch is of one kind, so that a drawing is told from other drawings. Errors as training_pairs'."""
+    first = demo_run(data, out)
+    folder = out / "data"
+    path = folder / "scene-drawings.tar"
+    if not path.is_file():
+        write_whole(path, packed(Training(scene_pairs(data), 1.0)))
+    weights = {"flowers": 0.06, "clothing": 0.11, "emoji": 0.38, "photos": 0.05, "shapes": 0.12}
+    shares = {"shapes": 0.6}
+    sources = [
+        Source((str(folder / f"{name}.tar"),), kind.kind, weights[name], shares.get(name))
+        for name, kind in zip(weights, first.data.sources, strict=True)
+    ]
+    photos = (str(folder / "photos.tar"), str(folder / "flowers.tar"))
+    sources.append(Source(photos, "scene", 0.28, 0.5, (str(path),)))
+    found = load_checkpoint(start)
+    size = found.model.config.vision.image_size
+    return dataclasses.replace(
+        first,
+        model=found.model.config,
+        start=start,
+        tokenizer="",
+        initial="plain",
+        data=dataclasses.replace(first.data, sources=tuple(sources), mixing="batches"),
+        stages=(StageOptions(steps, size, 1e-3, 100, "cosine", False),),
+        batch_size=192,
+    )
+
+
+def clips_run(
+    data: Path, out: Path, start: str, steps: int = CLIP_STEPS, video: VideoConfig | None = None
+) -> RunConfig:
+    """The third stage: clips of moving emoji beside all pictures, with tubes, from the second stage's checkpoint.
+
+    video: other tubes than the demo's. Errors as training_pairs'.
+    """
+    before = scenes_run(data, out, start, steps)
+    weights = {"flowers": 0.09, "clothing": 0.16, "emoji": 0.2, "photos": 0.03, "shapes": 0.08, "scenes": 0.12}
+    pictures = before.data.sources
+    sources = [
+        dataclasses.replace(source, weight=weight) for source, weight in zip(pictures, weights.values(), strict=True)
+    ]
+    sources.append(dataclasses.replace(pictures[-1], kind="moving", weight=0.32, question_share=0.75))
+    return dataclasses.replace(
+        before,
+        model=dataclasses.replace(before.model, video=video or demo_video()),
+        data=dataclasses.replace(before.data, sources=tuple(sources)),
+        stages=(dataclasses.replace(before.stages[0], learning_rate=6e-4, warmup_steps=min(50, steps // 2)),),
+        batch_size=96,
+    )
+
+
+def box_specs(data: Path, split: str) -> list[str]:
+    """The sets with boxes, as `mammut-train detect --boxes` takes them."""
+    folders = (data / "boxes" / name for name in ("blood-cells", "playing-cards"))
+    return [f"coco:{folder / split}.json:{folder / split}" for folder in folders]
+
+
+def scene_pairs(data: Path) -> list[Pair]:
+    """The drawings that scenes are made of, each called by its bare name. Errors as training_pairs'."""
+    drawings = (pair for pair in emoji_pairs(data) if not held_out_drawing(pair) and pair.matches[1] in SCENE_NAMES)
+    return [dataclasses.replace(pair, captions=(pair.matches[1],)) for pair in drawings]
 
 
 def training_pairs(data: Path) -> dict[str, Training]:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mammut.checkpoint import Checkpoint, load_checkpoint
+from mammut.detection.coco_results import Found
+from mammut.evaluation.checkpoint_boxes import CheckpointBoxes
 from mammut.evaluation.examples import Image
 from mammut.evaluation.predictor import F32, PredictorOptions, answers
 from mammut.model import Mammut
@@ -94,6 +96,8 @@ class CheckpointPredictor:
         self._shape = CacheShape(config.layers, config.heads, config.width // config.heads)
         self._rule = _text_rule(self._checkpoint)
         self._text = TextTower(self._graphs, self._tokenizer, self._rule)
+        self._device = device
+        self._boxes: CheckpointBoxes | None = None
 
     @property
     def name(self) -> str:
@@ -127,6 +131,14 @@ class CheckpointPredictor:
             return self._write({name: each[rows] for name, each in memory.items()}, prompt)
 
         return answers(write, questions, self._rule.prompts.get("ask", "{question}"))
+
+    def detect(self, images: Sequence[Image], names: Sequence[str], most: int) -> list[Found]:
+        """Raises CheckpointError for a checkpoint without a detector."""
+        if self._boxes is None:
+            self._boxes = CheckpointBoxes(self._checkpoint, self._text, self._device)
+        size = self._options.batch_size
+        parts = (images[at : at + size] for at in range(0, len(images), size))
+        return [found for part in parts for found in self._boxes.detect(part, names, most)]
 
     def close(self) -> None:
         self._graphs.close()

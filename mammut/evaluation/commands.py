@@ -17,9 +17,10 @@ from mammut.evaluation.evaluate import Evaluation, Report, evaluate
 from mammut.evaluation.examples import Problems
 from mammut.evaluation.outcome import TaskOptions
 from mammut.evaluation.page import write_page
-from mammut.evaluation.predictor import PredictorOptions, open_predictor
+from mammut.evaluation.predictor import Predictor, PredictorOptions, open_predictor
 from mammut.evaluation.report import lines, write_json
-from mammut.evaluation.sets import NEEDS, TASKS, DataChoice, read_names, read_templates, task_of
+from mammut.evaluation.results_predictor import ResultsPredictor
+from mammut.evaluation.sets import NEEDS, TASKS, DataChoice, read_names, read_novel, read_templates, task_of
 from mammut_runtime import console
 from mammut_runtime.errors import InputError
 
@@ -37,11 +38,17 @@ def _options(*groups: tuple[Any, ...]) -> Callable[[Callable[..., Any]], Callabl
 
 _DATA = (
     click.option("--task", type=click.Choice(TASKS), required=True),
-    click.option("--images", "places", type=_FILE, multiple=True, required=True,
-                 help="WebDataset tars; a folder with a folder for each class; or, with --annotations, the folder of "
-                      "their pictures or clips. Several times for several."),
+    click.option("--images", "places", type=_FILE, multiple=True,
+                 help="All but detect: WebDataset tars; a folder with a folder for each class; or, with --annotations, "
+                      "the folder of their pictures or clips. Several times for several."),
     click.option("--annotations", type=_FILE, multiple=True,
                  help="COCO, Karpathy or Flickr30K captions; VQAv2 (both files), MSRVTT-QA, MSVD-QA, easy-VQA."),
+    click.option("--boxes", metavar="FORM:FILE:IMAGES",
+                 help="detect: coco: or lvis:, the file of boxes, the folder of its pictures."),
+    click.option("--results", type=_FILE, multiple=True,
+                 help="detect: a COCO results file in a model's place; :IMAGES is then only for the page."),
+    click.option("--write-results", type=_FILE, help="detect: write what MODEL finds there, in COCO's results form."),
+    click.option("--novel", type=_FILE, help="detect: a file of names, one a line, to report apart. LVIS: the rare."),
     click.option("--split", help='Of tars and Karpathy\'s files; "all" for every one. Default: test for Karpathy\'s.'),
     click.option("--train", type=_FILE, multiple=True, help="few-shot: pictures to learn from. Default: --images."),
     click.option("--train-split", default="train", show_default=True, help="few-shot: the split of --train, if any."),
@@ -76,18 +83,28 @@ _RUN = (
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model")
+@click.argument("model", required=False)
 @click.argument("other", required=False)
 @_options(_DATA, _WORDING, _RUN)
-def cli(model: str, other: str | None, json_file: Path | None, html_file: Path | None, **given: Any) -> None:
+def cli(model: str | None, other: str | None, json_file: Path | None, html_file: Path | None, **given: Any) -> None:
     """Judge MODEL, a bundle or a checkpoint, and compare OTHER with it.
 
     Both take what mammut-run and mammut-export take: a bundle's folder, "demo", a checkpoint's folder, hf-hub:ORG/NAME.
     """
-    for path in (json_file, html_file):  # found out now, not after hours
+    for path in (json_file, html_file, given["write_results"]):  # found out now, not after hours
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{path}: expected a file in a folder that is there; make {path.parent} first")
-    report = _evaluated([model, *([other] if other else [])], given)
+    specs = [spec for spec in (model, other) if spec is not None]
+    results: tuple[Path, ...] = given["results"]
+    if not specs and not results:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    if len(specs) + len(results) > 2:
+        raise InputError(f"expected at most two to compare, got {len(specs)} models and {len(results)} --results")
+    if results and (given["task"] != "detect" or given["corrupt"]):
+        raise InputError("--results: judged by --task detect as they are, without --corrupt; leave it out")
+    if given["write_results"] is not None and (given["task"] != "detect" or len(specs) != 1 or results):
+        raise InputError("--write-results: takes what one model finds by --task detect; leave out the other")
+    report = _evaluated(specs, given)
     for line in lines(report):
         click.echo(console.printable(line))
     if json_file:
@@ -102,16 +119,17 @@ def _evaluated(specs: list[str], given: dict[str, Any]) -> Report:
     name: str = given["task"]
     problems = Problems(partial=given["partial"])
     choice = DataChoice(given["places"], given["annotations"], given["split"], given["train"], given["train_split"],
-                        given["limit"], given["seed"])  # fmt: skip
+                        given["limit"], given["seed"], given["boxes"])  # fmt: skip
     keys = ("batch_size", "threads", "beams", "max_tokens", "device")
     options = PredictorOptions(**{key: given[key] for key in keys})
     with contextlib.ExitStack() as stack:
         data, task = task_of(name, choice, problems)
-        predictors = []
+        predictors: list[Predictor] = []
         for spec in specs:
             predictor = open_predictor(spec, NEEDS[name], options)
             stack.callback(predictor.close)
             predictors.append(predictor)
+        predictors += [ResultsPredictor(path) for path in given["results"]]
         workspace = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mammut-eval-")))
         progress = stack.enter_context(console.Progress(name))
         comparing = console.Progress("comparing")
@@ -124,6 +142,8 @@ def _evaluated(specs: list[str], given: dict[str, Any]) -> Report:
             ranked=comparing,
             templates=read_templates(given["templates"]),
             names=read_names(given["names"]),
+            novel=read_novel(given["novel"]),
+            write_results=given["write_results"],
             shots=_shots(given["shots"]),
             draws=given["draws"],
             seed=given["seed"],
@@ -138,7 +158,7 @@ def _settings(given: dict[str, Any]) -> dict[str, str]:
     words = ["beams", "max_tokens"]
     of_task = {
         "classify": ["templates", "names"], "few-shot": ["train", "train_split", "shots", "draws"],
-        "caption": words, "vqa": words,
+        "caption": words, "vqa": words, "detect": ["boxes", "results", "novel", "names"],
     }  # fmt: skip
     keys = [
         "places",

@@ -135,6 +135,8 @@ def _figures(outcomes: Sequence[Outcome], bootstrap: Bootstrap) -> tuple[Figure,
 
 
 def _value(statistic: Statistic, measure: Measure, bootstrap: Bootstrap) -> Value:
+    if not measure.resampled:
+        return Value(point(statistic, measure.items), float("nan"), float("nan"))
     interval = bootstrap.interval(statistic, measure.items, measure.groups)
     return Value(point(statistic, measure.items), interval.low, interval.high)
 

@@ -36,14 +36,18 @@ class PictureRef:
     offset: int = 0
     size: int | None = None
     """Bytes; None: the whole file."""
+    upright: bool = True
+    """Whether the picture is turned as its EXIF data say; data sets of boxes mean it as it is stored."""
 
     @property
     def is_clip(self) -> bool:
         return self.size is None and self.path.suffix.lower() in CLIP_SUFFIXES
 
     def read(self) -> Image:
-        """The picture, turned upright. Raises InputError."""
-        return _middle_frame(self.path) if self.is_clip else read_picture(self.encoded(), name=self.name)
+        """The picture. Raises InputError."""
+        if self.is_clip:
+            return _middle_frame(self.path)
+        return read_picture(self.encoded(), name=self.name, upright=self.upright)
 
     def encoded(self) -> bytes:
         """The bytes of the picture file. Raises InputError."""

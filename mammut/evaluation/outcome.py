@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,10 @@ class TaskOptions:
     names: dict[str, str] = field(default_factory=dict)
     """Label to the name it goes by in prompts; a label that is not in it is its own name."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    novel: frozenset[str] | None = None
+    """Detection: names that are reported apart; None: those that the set calls rare."""
+    write_results: Path | None = None
+    """Detection: a COCO results file to write."""
     draws: int = 5
     """Few-shot: how often pictures are drawn anew."""
     seed: int = 0
@@ -56,6 +61,18 @@ class Measure:
     """Shown times 100."""
     main: bool = False
     """Shown where there is room for one or two figures."""
+    resampled: bool = True
+    """False: no interval, because it would take too long."""
+
+
+@dataclass(frozen=True)
+class DrawnBox:
+    """A box to be drawn on a picture."""
+
+    xyxy: tuple[float, float, float, float]
+    """Pixels."""
+    kind: Literal["truth", "right", "wrong"]
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,8 @@ class Shown:
     """What the model said, best first."""
     score: float
     """0 to 1."""
+    boxes: tuple[DrawnBox, ...] = ()
+    """Drawn on the picture."""
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mammut.evaluation.draw_boxes import draw_boxes
 from mammut.evaluation.evaluate import Condition, Exhibit, Figure, Report
-from mammut.evaluation.examples import PictureRef
+from mammut.evaluation.outcome import Shown
 from mammut.evaluation.report import shown, write_text
 from mammut_runtime.errors import InputError
 from mammut_runtime.pictures import Picture
 
 _SIDE = 180
 """Longest side of a picture on the page, pixels."""
+_SIDE_WITH_BOXES = 360
 _WIDTH, _HEIGHT, _EDGE = 420, 240, 36
 _COLOURS = ("#1b6ca8", "#c2571a", "#2e7d32", "#8e24aa", "#607d8b")
 _DASHES = ("", "5 4")
@@ -29,7 +31,8 @@ td:first-child, th:first-child { text-align: left } tr:nth-child(even) { backgro
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 14px }
 figure { margin: 0; padding: 8px; border: 1px solid #ddd; border-top: 4px solid #2e7d32; font-size: 12px;
   overflow-wrap: anywhere }
-figure.miss { border-top-color: #b00020 } figure img { display: block; margin: 0 auto 6px; max-height: 180px }
+figure.miss { border-top-color: #b00020 }
+figure img { display: block; margin: 0 auto 6px; max-width: 100%; height: auto }
 figure p { margin: 2px 0 } .name { color: #888 } .who { color: #666 }
 .right { color: #2e7d32 } .wrong { color: #b00020 }
 .partial { background: #fff3cd; padding: 8px 12px } .charts { display: flex; flex-wrap: wrap; gap: 20px }
@@ -162,6 +165,7 @@ def _exhibits(report: Report) -> Iterator[str]:
 def _exhibit(exhibit: Exhibit, models: tuple[str, ...]) -> str:
     first = exhibit.shown[0]
     said = []
+    pictures = [_picture(each) for each in (exhibit.shown if first.boxes else exhibit.shown[:1])]
     for name, each in zip(models, exhibit.shown, strict=True):
         who = f"<span class='who'>{html.escape(name)}:</span> " if len(models) > 1 else ""
         mark = "right" if each.score > 0.5 else "wrong"
@@ -170,21 +174,22 @@ def _exhibit(exhibit: Exhibit, models: tuple[str, ...]) -> str:
     asked = f"<p>{html.escape(first.asked)}</p>" if first.asked else ""
     truth = html.escape(" · ".join(first.truth))
     return (
-        f"<figure class='{'hit' if exhibit.hit else 'miss'}'>{_picture(first.picture)}"
+        f"<figure class='{'hit' if exhibit.hit else 'miss'}'>{''.join(pictures)}"
         f"<p class='name'>{html.escape(first.picture.name)}</p>{asked}<p>truth: {truth}</p>{''.join(said)}</figure>"
     )
 
 
-def _picture(ref: PictureRef) -> str:
-    """The picture inside the page, small; a line where it cannot be read any more."""
+def _picture(shown: Shown) -> str:
+    """The picture inside the page, small, with its boxes; a line where it cannot be read any more."""
     try:
-        image = ref.read()
+        image = shown.picture.read()
     except InputError as problem:
         return f"<p class='wrong'>{html.escape(str(problem))}</p>"
     pixels = image.rgb() if isinstance(image, Picture) else image
-    scale = _SIDE / max(pixels.shape[:2])
+    scale = (_SIDE_WITH_BOXES if shown.boxes else _SIDE) / max(pixels.shape[:2])
     height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
     small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    small = draw_boxes(small, shown.boxes, scale)
     encoded = cv2.imencode(".jpg", np.ascontiguousarray(small[:, :, ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
     data = base64.b64encode(encoded.tobytes()).decode("ascii")
     return f"<img width='{width}' height='{height}' alt='' src='data:image/jpeg;base64,{data}'>"

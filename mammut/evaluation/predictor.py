@@ -1,4 +1,4 @@
-"""A model as the four things that tasks need of it, whether it is a bundle or a checkpoint.
+"""A model as the five things that tasks need of it, whether it is a bundle or a checkpoint.
 
 Both go through the runtime's preprocessing, tokenizer, text tower and generation; they differ in who computes the
 graphs. That is what makes a bundle's figures comparable with its checkpoint's.
@@ -15,19 +15,23 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mammut.detection.coco_results import Found
 from mammut.evaluation.corruptions import corrupted
 from mammut.evaluation.examples import Image
 from mammut_runtime.bundle import Manifest
 from mammut_runtime.caption_options import CaptionOptions
+from mammut_runtime.detection.boxes import Detections
 from mammut_runtime.engines import EngineOptions
 from mammut_runtime.errors import BundleError, EngineError, InputError
 from mammut_runtime.model import Model
 from mammut_runtime.pictures import Picture
 
 F32 = NDArray[np.float32]
-Need = Literal["pictures", "texts", "words"]
-"""What a task asks of a model: embeddings of pictures, embeddings of texts, captions and answers."""
-GRAPHS: dict[Need, tuple[str, ...]] = {"pictures": ("vision",), "texts": ("text",), "words": ("memory", "decoder")}
+Need = Literal["pictures", "texts", "words", "boxes"]
+"""What a task asks of a model: embeddings of pictures, embeddings of texts, captions and answers, boxes of names."""
+GRAPHS: dict[Need, tuple[str, ...]] = {
+    "pictures": ("vision",), "texts": ("text",), "words": ("memory", "decoder"), "boxes": ("detector", "text"),
+}  # fmt: skip
 MANIFEST = "manifest.json"
 
 
@@ -82,6 +86,10 @@ class Predictor(Protocol):
 
     def answer(self, images: Sequence[Image], questions: Sequence[Sequence[str]]) -> list[list[str]]:
         """For each picture the free answers to its questions."""
+        ...
+
+    def detect(self, images: Sequence[Image], names: Sequence[str], most: int) -> list[Found]:
+        """The `most` best boxes of each picture over all names, in its pixels, whatever their scores."""
         ...
 
     def close(self) -> None:
@@ -158,12 +166,25 @@ class BundlePredictor:
 
         return answers(write, questions, self._model.manifest.text.prompts.get("ask", "{question}"))
 
+    def detect(self, images: Sequence[Image], names: Sequence[str], most: int) -> list[Found]:
+        found = self._model.detect_batch(images, names, threshold=0, max_per_class=most, batch_size=self._batch)
+        return [found_of(each, names, most) for each in found]
+
     def close(self) -> None:
         self._model.close()
 
     @property
     def _batch(self) -> int:
         return self._options.batch_size
+
+
+def found_of(detections: Detections, names: Sequence[str], most: int) -> Found:
+    """The runtime's detections as they are judged."""
+    place = {name: index for index, name in enumerate(names)}
+    best = detections.detections[:most]
+    boxes = np.array([each.box.xyxy for each in best], np.float64).reshape(-1, 4)
+    scores, labels = [each.score for each in best], [place[each.name] for each in best]
+    return Found.of_corners(boxes, np.array(scores, np.float64), np.array(labels, np.int64))
 
 
 def precision_of(manifest: Manifest) -> str:
@@ -227,9 +248,26 @@ class CorruptedPredictor:
     def answer(self, images: Sequence[Image], questions: Sequence[Sequence[str]]) -> list[list[str]]:
         return self.inner.answer(self._corrupted(images), questions)
 
+    def detect(self, images: Sequence[Image], names: Sequence[str], most: int) -> list[Found]:
+        worse = self._corrupted(images)  # which may also be smaller: boxes are of the picture as it was
+        found = self.inner.detect(worse, names, most)
+        return [_enlarged(each, _size(image), _size(small))
+                for each, image, small in zip(found, images, worse, strict=True)]  # fmt: skip
+
     def close(self) -> None:
         """The inner one is closed by who opened it."""
 
     def _corrupted(self, images: Sequence[Image]) -> list[Image]:
         pixels = [image.rgb() if isinstance(image, Picture) else image for image in images]
         return [corrupted(each, self._kind, self._severity) for each in pixels]
+
+
+def _size(image: Image) -> tuple[int, int]:
+    """Width and height."""
+    pixels = image.pixels if isinstance(image, Picture) else image
+    return pixels.shape[1], pixels.shape[0]
+
+
+def _enlarged(found: Found, to: tuple[int, int], of: tuple[int, int]) -> Found:
+    factor = np.array([to[0] / of[0], to[1] / of[1]] * 2)
+    return Found(found.boxes * factor, found.scores, found.labels)

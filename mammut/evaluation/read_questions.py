@@ -100,7 +100,7 @@ def _vqa_answers(path: Path, row: Any) -> dict[int, tuple[str, tuple[str, ...]]]
 
 
 def _clips(rows: list[Any], path: Path, folder: Path) -> Asked:
-    mapping = _mapping(path, folder)
+    mapping = clip_names(path, folder)
     asked: Asked = {}
     for number, row in enumerate(rows):
         where = f"{path}: record {number}"
@@ -116,8 +116,9 @@ def _clips(rows: list[Any], path: Path, folder: Path) -> Asked:
     return asked
 
 
-def _mapping(path: Path, folder: Path) -> dict[int, str]:
-    """MSVD's names of its clips, from the file beside the questions or the clips; empty without it."""
+def clip_names(path: Path, folder: Path) -> dict[int, str]:
+    """MSVD's names of its clips by the number in vidN, from youtube_mapping.txt beside the file of questions or captions,
+    or beside the clips; empty without it. Raises InputError for a line of another form."""
     place = next((each for each in (path.parent / MAPPING, folder / MAPPING) if each.is_file()), None)
     if place is None:
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ _MISSING_SHOWN = 5
 
 
 def shown(value: Value, percent: bool, signed: bool = False) -> str:
-    """ "76.1 [73.0, 79.2]": percent, or the number as it is."""
+    """ "76.1 [73.0, 79.2]": percent, or the number as it is; without an interval where there is none."""
     scale, digits = (100, 1) if percent else (1, 3)
     sign = "+" if signed else ""
     one = f"{scale * value.value:{sign}.{digits}f}"
+    if math.isnan(value.low):
+        return one
     return f"{one} [{scale * value.low:{sign}.{digits}f}, {scale * value.high:{sign}.{digits}f}]"
 
 

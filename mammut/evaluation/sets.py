@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mammut.detection.box_specs import EXPECTED, parse_box_spec
 from mammut.evaluation.evaluate import Task
 from mammut.evaluation.examples import EvalSet, Problems
 from mammut.evaluation.predictor import Need
@@ -14,6 +16,7 @@ from mammut.evaluation.read_folders import read_places
 from mammut.evaluation.read_questions import read_questions
 from mammut.evaluation.task_caption import caption
 from mammut.evaluation.task_classify import classify
+from mammut.evaluation.task_detect import BoxData, detect
 from mammut.evaluation.task_few_shot import few_shot
 from mammut.evaluation.task_questions import questions
 from mammut.evaluation.task_retrieval import retrieval
@@ -27,6 +30,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "few-shot": ("pictures",),
     "caption": ("pictures", "words"),
     "vqa": ("pictures", "words"),
+    "detect": ("boxes",),
 }
 TASKS = tuple(NEEDS)
 ALL = "all"
@@ -46,10 +50,18 @@ class DataChoice:
     train_split: str = "train"
     limit: int | None = None
     seed: int = 0
+    boxes: str | None = None
+    """Detection: FORM:FILE:FOLDER."""
 
 
 def task_of(name: str, choice: DataChoice, problems: Problems) -> tuple[str, Task]:
     """The data's name, and the task bound to the data. Raises InputError for data that does not fit the task."""
+    if name == "detect":
+        return _boxed(choice, problems)
+    if choice.boxes is not None:
+        raise InputError(f"--boxes {choice.boxes}: only --task detect takes it; leave it out")
+    if not choice.places:
+        raise InputError(f"--images: {name} needs pictures; give tars or a folder")
     if name in ("classify", "few-shot"):
         return _labelled(name, choice, problems)
     data = _limited(_pairs(name, choice, problems), choice)
@@ -74,6 +86,22 @@ def _pairs(name: str, choice: DataChoice, problems: Problems) -> EvalSet:
     if len(choice.annotations) != 1:
         raise InputError(f"--annotations: expected one file of captions, got {len(choice.annotations)}")
     return read_captions(choice.annotations[0], choice.places[0], choice.split, problems)
+
+
+def _boxed(choice: DataChoice, problems: Problems) -> tuple[str, Task]:
+    if choice.boxes is None:
+        raise InputError(f"--boxes: detect needs a file of boxes; expected {EXPECTED}")
+    if choice.places or choice.annotations or choice.split:
+        raise InputError("detect takes its data by --boxes; leave out --images, --annotations and --split")
+    spec = parse_box_spec(choice.boxes)
+    file = whole = spec.read()
+    if spec.images is not None:
+        file = file.found_in(spec.images, problems)
+    if choice.limit is not None and choice.limit < len(file.pictures):
+        chosen = sorted(random.Random(choice.seed).sample(range(len(file.pictures)), choice.limit))
+        file = replace(file, pictures=tuple(file.pictures[place] for place in chosen))
+    data = BoxData(file, whole, spec.images)
+    return spec.file.name, lambda predictor, options: detect(predictor, data, options)
 
 
 def _labelled(name: str, choice: DataChoice, problems: Problems) -> tuple[str, Task]:
@@ -123,6 +151,20 @@ def read_templates(given: str) -> tuple[str, ...] | None:
     except (OSError, UnicodeDecodeError) as problem:
         raise InputError(f"--templates: expected imagenet, model or a file of templates, got {given!r}") from problem
     return check_templates([line.strip() for line in text.splitlines() if line.strip()])
+
+
+def read_novel(path: Path | None) -> frozenset[str] | None:
+    """Names, one a line. Raises InputError."""
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise InputError(f"--novel: expected a text file with one name a line, got {str(path)!r}") from problem
+    names = frozenset(line.strip() for line in lines if line.strip())
+    if not names:
+        raise InputError(f"--novel: {path}: no names; expected one a line")
+    return names
 
 
 def read_names(path: Path | None) -> dict[str, str]:

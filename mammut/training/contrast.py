@@ -203,7 +203,8 @@ def _info_nce(
     _, _, sums = _round([texts, text_keys, sums], count, setting)
     by_text = _Softmax(sums)
     pictures, number = _present(picture_keys, images, setting), _present(text_keys, images, setting)
-    here = [sums.losses()[keys >= 0].sum() for sums, keys in ((by_picture, picture_keys), (by_text, text_keys))]
+    sides = ((by_picture, picture_keys), (by_text, text_keys))
+    here = [torch.where(keys >= 0, sums.losses(), 0.0).sum() for sums, keys in sides]
     loss = _summed(here[0] / (2 * pictures) + here[1] / (2 * number), setting)
     gradients = _Gradients(images)
 

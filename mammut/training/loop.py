@@ -26,7 +26,7 @@ from mammut.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mammut.clip_tokenizer import build_clip_tokenizer
 from mammut.data.pair_loader import LoadedBatch, LoaderState, Reading, open_loader
 from mammut.data.shards import expand, file_sizes
-from mammut.model import Mammut
+from mammut.model import Mammut, with_video
 from mammut.training.accumulate import backward_of_step
 from mammut.training.guards import DamageTally, LossWatch
 from mammut.training.initial import structured_start
@@ -113,13 +113,16 @@ class Run:
         self.local_batch = config.local_batch(place.size)
         self.sources = tuple(expand(source.files) for source in config.data.sources)
         self.tokenizer_json, model = starting_point(config)
-        self.info = run_info(config, self.sources, self.tokenizer_json, place.size)
+        drawings = tuple(expand(source.drawings) for source in config.data.sources if source.drawings)
+        self.info = run_info(config, self.sources + drawings, self.tokenizer_json, place.size)
         self.tally = DamageTally(config, tuple(file.path for file in self.info.data), self.note)
         self.tally.note = note  # from now on each process names what it met
         if config.lora is not None:
             add_lora(model, config.lora)
         if config.optimizer.freeze:
             freeze(model, config.optimizer.freeze)
+        if model.tubes is not None and not config.of_clips:
+            model.tubes.requires_grad_(False)
         few_shapes = config.parallel.compile or config.parallel.strategy == "fsdp"
         passes = TwoPass(model, config.objective, config.parallel.autocast, sort_lengths=not few_shapes)
         for name in passes.unused_parameters():
@@ -253,7 +256,7 @@ class Run:
         reading = Reading(
             self.sources, self.tokenizer_json, config.preprocess, config.prompts, config.model.text.context_length,
             config.model.text.mask_pads, config.data, self.local_batch, stage.image_size, config.seed,
-            self.place.rank, self.place.size,
+            self.place.rank, self.place.size, config.model.video.frames if config.model.video else 0,
         )  # fmt: skip
         return open_loader(reading, self.data, pin=self.place.device.type == "cuda")
 
@@ -320,9 +323,12 @@ def starting_point(config: RunConfig) -> tuple[bytes, Mammut]:
     if config.start:
         size = config.model.vision.image_size
         found = load_checkpoint(config.start, image_size=size)
-        if found.model.config != config.model:
+        model, tokenizer_json = found.model, found.tokenizer_json
+        if model.config.video is None and config.model.video is not None:
+            model = with_video(model, config.model.video)
+        if model.config != config.model:
             raise InputError(f"start: {config.start} holds another model than this run describes; make a new config")
-        model, tokenizer_json = found.model.train().requires_grad_(True), found.tokenizer_json
+        model.train().requires_grad_(True)
         if config.tokenizer and tokenizer_bytes(config.tokenizer) != tokenizer_json:
             raise InputError(f'tokenizer: {config.start} was trained with its own; set tokenizer to ""')
         return tokenizer_json, model

@@ -49,7 +49,8 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: nn.Module, options: LoraOptions) -> list[str]:
-    """Freeze every parameter and put trainable products beside the targeted matrices; returns the layers' names.
+    """Freeze every parameter and put trainable products beside the targeted matrices; returns the layers' names. Tubes
+    are small and may be new: they learn as they are.
 
     At the start B is zero, so the model computes what it did.
 
@@ -65,6 +66,8 @@ def add_lora(model: nn.Module, options: LoraOptions) -> list[str]:
     if not layers:
         raise InputError(f"lora: no layer is targeted by targets {options.targets} in towers {options.towers}")
     model.requires_grad_(False)
+    if isinstance(tubes := getattr(model, "tubes", None), nn.Module):
+        tubes.requires_grad_(True)
     for _, layer in layers:
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, options))
     return [name for name, _ in layers]

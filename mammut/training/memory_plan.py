@@ -67,12 +67,14 @@ def plan_memory(
     image_size: int | None = None,
     frozen: tuple[str, ...] = (),
     lora: LoraOptions | None = None,
+    clips: bool = False,
 ) -> MemoryPlan:
     """The plan of a run.
 
     Args:
         batch_size: of the whole step, over all devices and micro-batches.
         image_size: pixels, the largest of the run; None: the model's own.
+        clips: the batch is of clips, of as many frames as the model takes.
 
     Raises:
         InputError: the batch cannot be split evenly.
@@ -89,7 +91,9 @@ def plan_memory(
         trained = sum(p.numel() for p in passes.parameters() if p.requires_grad)
         split = devices if parallel.strategy == "fsdp" else 1
         gathered = _gathered(passes, parallel) if parallel.strategy == "fsdp" else 0
-        activations = _activations(passes, parallel, local, image_size or config.vision.image_size)
+        size = image_size or config.vision.image_size
+        frames = [config.video.frames] if clips and config.video else []
+        activations = _activations(passes, parallel, (local, *frames, 3, size, size))
     share = [-(-count // split) for count in (parameters, trained)]
     return MemoryPlan(
         devices, parallel.strategy, local, parameters, trained, 4 * share[0], 4 * share[1], 8 * share[1], gathered,
@@ -127,14 +131,14 @@ def _numel(parameters: Any) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _activations(passes: TwoPass, parallel: ParallelOptions, local: int, size: int) -> int:
+def _activations(passes: TwoPass, parallel: ParallelOptions, shape: tuple[int, ...]) -> int:
     """Peak bytes of everything but parameters and their gradients, in one forward and backward."""
     if parallel.strategy == "fsdp" and parallel.autocast is not None:
         _cast(passes, parallel.autocast)  # it gathers parameters in this type, so autocast makes no copies
-    text = passes.model.config.text
+    text, local = passes.model.config.text, shape[0]
     ids = torch.ones(local, text.context_length, dtype=torch.int64)
     batch = PairBatch(
-        torch.zeros(local, 3, size, size), ids, ids[:, 0], ids[:, :-1], ids[:, 1:],
+        torch.zeros(shape), ids, ids[:, 0], ids[:, :-1], ids[:, 1:],
         torch.ones(local, text.context_length - 1, dtype=torch.bool),
     )  # fmt: skip
     alone = ParallelOptions("ddp", parallel.precision, parallel.recompute_blocks)

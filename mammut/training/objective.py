@@ -59,7 +59,7 @@ class PairBatch:
     """Pictures with their texts, on one device. T texts, at most B: one that several pictures share stands once."""
 
     pixels: Tensor
-    """float32[B, 3, S, S], normalised."""
+    """float32[B, 3, S, S], normalised; or of clips float32[B, F, 3, S, S]."""
     text_ids: Tensor
     """int64[T, L]: the texts to match, start to end token, padded."""
     keys: Tensor
@@ -145,11 +145,17 @@ class TwoPass(nn.Module):
         )  # fmt: skip
 
     def _encode(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        if batch.pixels.ndim == 5:  # clips, whose positions are neither cropped nor left out
+            tokens, raw = self.model.encode_video(batch.pixels, normalize=False)
+            return tokens, F.normalize(raw.float(), dim=-1)
         vision, size = self.model.vision, batch.pixels.shape[-1]
         grid = size // vision.config.patch_size
         positions = training_positions(vision.positions, vision.config.class_token, grid, batch.regions, batch.kept)
         tokens, pooled = functional_call(vision, {"positions": positions}, (batch.pixels,))
         embedding = (self.model.image_projection or self.model.memory_projection)(pooled)
+        if self.model.tubes is not None and dist.is_initialized():
+            # Another process may have clips in this step; DDP and FSDP wait for gradients of everything that learns.
+            embedding = embedding + 0 * sum(p.sum() for p in self.model.tubes.parameters() if p.requires_grad)
         return tokens, F.normalize(embedding.float(), dim=-1)
 
     def _texts(self, batch: PairBatch) -> Tensor:

@@ -29,7 +29,7 @@ from mammut_runtime.tokenizer import Tokenizer
 PROMPTS = {"caption": "", "ask": "question: {question} answer:", "zero_shot": "a photo of {}\n{}"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-Recipe = Literal["caption", "ask", "retrieval"]
+Recipe = Literal["caption", "ask", "retrieval", "video-caption", "video-ask"]
 
 
 def model_preset(name: str, vocab_size: int | None = None) -> MammutConfig:
@@ -93,31 +93,41 @@ def finetune(
 
     caption: both losses, the contrastive at a tenth, so that matching is not forgotten. ask: question as prefix, loss
     on the answer only. retrieval: the contrastive loss alone. A rate of 2e-5 that falls by 0.9 from layer to layer;
-    with low-rank adaptation 2e-4.
+    with low-rank adaptation 2e-4. video-caption, video-ask: the same from clips; a model that has seen pictures only
+    gets tubes (presets.video_for), which learn at the full rate.
 
     Errors as load_checkpoint's.
     """
     found = load_checkpoint(start, image_size=image_size)
+    model, of_clips, task = found.model.config, recipe.startswith("video-"), recipe.removeprefix("video-")
+    if of_clips and model.video is None:
+        model = dataclasses.replace(model, video=presets.video_for(model.vision))
     objective = {
         "caption": ObjectiveOptions(contrastive_weight=0.1, caption_weight=1.0),
         "ask": ObjectiveOptions(contrastive_weight=0.0, caption_weight=1.0),
         "retrieval": ObjectiveOptions(contrastive_weight=1.0, caption_weight=0.0),
-    }[recipe]
+    }[task]
     rate = 2e-4 if lora else 2e-5
     return RunConfig(
         format="mammut-edge run 1",
-        model=found.model.config,
+        model=model,
         start=start,
         tokenizer="",
         initial="plain",
         preprocess=found.preprocess,
         prompts=found.prompts,
-        data=_data(sources, question_share=1.0 if recipe == "ask" else 0.0, margin=1.1, workers=2),
+        data=_data(
+            sources,
+            question_share=1.0 if task == "ask" else 0.0,
+            margin=1.1,
+            workers=2,
+            kind="clip" if of_clips else "photo",
+        ),
         objective=objective,
         optimizer=OptimizerOptions(layer_decay=1.0 if lora else 0.9),
         lora=LoraOptions() if lora else None,
-        stages=(StageOptions(5_000, found.model.config.vision.image_size, rate, 250, "cosine", False),),
-        batch_size=256 if recipe == "retrieval" else 64,
+        stages=(StageOptions(5_000, model.vision.image_size, rate, 250, "cosine", False),),
+        batch_size={"retrieval": 256, "video-caption": 32, "video-ask": 32}.get(recipe, 64),
         micro_batches=1,
         parallel=ParallelOptions(),
         save=SaveOptions(500, 2, "whole", 10, False, "float32"),
@@ -202,10 +212,18 @@ def _texts(paths: Sequence[str]) -> Iterator[str]:
         yield from (f"question: {question} answer: {answer}" for question, answer in pair.questions)
 
 
-def _data(sources: Sequence[str], *, question_share: float, margin: float, workers: int) -> DataOptions:
+def _data(
+    sources: Sequence[str],
+    *,
+    question_share: float,
+    margin: float,
+    workers: int,
+    kind: Literal["photo", "clip"] = "photo",
+) -> DataOptions:
     return DataOptions(
-        sources=(Source(tuple(sources), "photo", 1.0),),
+        sources=(Source(tuple(sources), kind, 1.0),),
         question_share=question_share,
+        mixing="samples",
         workers=workers,
         shuffle=1_000,
         margin=margin,

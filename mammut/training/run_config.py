@@ -49,12 +49,30 @@ class Source:
     files: tuple[str, ...]
     """WebDataset tars (KEY.jpg beside KEY.txt or KEY.json) and JSON Lines files ({"file", "caption"} or {"file",
     "question", "answer"} a line; see plain_pair for all keys). Braces name many: "cc/{00000..00331}.tar". Local paths
-    only."""
-    kind: Literal["photo", "drawing", "plain"]
+    only. Clips: JSON Lines only, with "clip" in the place of "file", and "start_s" and "end_s" where it is a part."""
+    kind: Literal["photo", "drawing", "plain", "scene", "clip", "moving"]
     """How `augment` may change its pictures. drawing: transparent, gets a new background each time. plain: position and
-    colour carry meaning, so only small shifts."""
+    colour carry meaning, so only small shifts. scene: its pictures are backgrounds, on which `drawings` are placed anew
+    each time; what is said follows from that (scenes.py). clip: cropped and recoloured, all frames alike, never
+    mirrored. moving: as scene, but clips in which the `drawings` move (clip_scenes.py)."""
     weight: Annotated[float, Between(1e-9, 1e9)]
     """How often it is drawn from, relative to the other sources."""
+    question_share: Share | None = None
+    """Instead of the run's."""
+    drawings: tuple[str, ...] = ()
+    """Of a scene or moving: tars of transparent pictures, whose captions are the names of what they show."""
+
+    def __post_init__(self) -> None:
+        composed = self.kind in ("scene", "moving")
+        if composed != bool(self.drawings):
+            wanted = "tars of what is placed in the scenes" if composed else f"none for kind {self.kind!r}"
+            raise InputError(f"drawings: expected {wanted}, got {list(self.drawings)}")
+        if self.kind == "clip" and not all(file.endswith(".jsonl") for file in self.files):
+            raise InputError(f"files: clips are listed in .jsonl files, got {list(self.files)}")
+
+    @property
+    def of_clips(self) -> bool:
+        return self.kind in ("clip", "moving")
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,9 @@ class DataOptions:
     question_share: Share
     """How often a picture that has both is asked one of its questions instead of being captioned. 0: captions only;
     1: questions only."""
+    mixing: Literal["samples", "batches"]
+    """Whether each sample of a batch may come from another source, or a whole batch is from one: then the contrastive
+    pass compares like with like."""
     workers: Annotated[int, Between(0, 256)]
     """Loading processes of each training process; 0 loads in between steps."""
     shuffle: Count
@@ -138,6 +159,7 @@ class RunConfig:
         for stage in self.stages:
             if stage.image_size < self.model.vision.patch_size:
                 raise InputError(f"stages: image_size {stage.image_size} is smaller than a patch")
+        self._check_clips()
         if self.stages[0].schedule == "continued":
             raise InputError("stages[0]: there is no stage before it to be continued")
         if not self.data.sources:
@@ -150,6 +172,26 @@ class RunConfig:
             raise InputError('prompts: expected "caption", and "ask" with {question}')
         if not self.tokenizer and not self.start:
             raise InputError('tokenizer: expected a tokenizer.json or "clip" where there is no start checkpoint')
+
+    def _check_clips(self) -> None:
+        kinds = {source.of_clips for source in self.data.sources}
+        if True not in kinds:
+            return
+        if self.model.video is None:
+            raise InputError(
+                "data.sources: clips are for a model with tubes, and model.video is null; `mammut-train new "
+                "video-caption` writes a run that adds them to a model for pictures"
+            )
+        if False in kinds and self.data.mixing != "batches":
+            raise InputError('data.mixing: pictures and clips go into batches of their own; expected "batches"')
+        size = self.model.vision.image_size
+        if any(stage.image_size != size for stage in self.stages):
+            raise InputError(f"stages: expected image_size {size}, the model's own, which its tubes are made for")
+
+    @property
+    def of_clips(self) -> bool:
+        """Whether any of its sources is of clips."""
+        return any(source.of_clips for source in self.data.sources)
 
     @property
     def steps(self) -> int:

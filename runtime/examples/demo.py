@@ -1,10 +1,13 @@
-"""What `make demo` shows: captions, answers and matches for sample pictures, printed and written onto the pictures.
+"""What `make demo` shows: captions, answers and matches for sample pictures, printed and written onto the pictures; a
+clip with its subtitles and a contact sheet; and, where the bundle has a detector, things found by their names.
 
     python runtime/examples/demo.py --bundle build/demo-bundle --out build/demo
     python runtime/examples/demo.py --bundle build/demo-bundle --out build/demo --pictures FOLDER    your own
+    python runtime/examples/demo.py --bundle build/demo-bundle --out build/demo --names "star,sun"   to look for
 
 Without --pictures it uses drawings made by drawings.py and, where the project's data folder lies beside the checkout,
-photographs from it that the model was not trained on. It says which is which, and how many it got right.
+photographs from it that the model was not trained on, and filmed clips. It says which is which, and how many it got
+right. The clips are in demo_clips.py.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import moving_drawings
+from demo_clips import LOOKED_FOR, file_stem, find_in_clip, find_in_pictures, show_clips
 from drawings import DRAWINGS
 
 from mammut_runtime import InputError, Model, Picture, console, read_picture
 from mammut_runtime.annotate import annotate, write_picture
-from mammut_runtime.commands_inputs import picture_paths
+from mammut_runtime.commands_inputs import picture_paths, text_list
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "pairs"
 """The data that the demo model was trained on; not part of a clone."""
@@ -54,26 +59,54 @@ class Sample:
 @click.option("--bundle", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="For the annotated pictures.")
 @click.option("--pictures", type=click.Path(path_type=Path), help="Your own: a folder or a file.")
-def demo(bundle: Path, out: Path, pictures: Path | None) -> None:
+@click.option("--names", help="What to look for, separated by commas, where the bundle has a detector.")
+def demo(bundle: Path, out: Path, pictures: Path | None, names: str | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    wanted = LOOKED_FOR if names is None else text_list(names, "--names")
     with Model.load(bundle) as model:
         if pictures is not None:
-            click.echo(f"Your pictures from {pictures}:")
-            show(model, own_pictures(pictures), (*DRAWINGS, *FLOWERS.values(), *CLOTHING.values()), out)
+            show_own(model, pictures, wanted, out)
         else:
-            shapes, others = split(drawings(out))
-            click.echo("Plain shapes drawn by runtime/examples/drawings.py (no photographs):")
-            show(model, shapes, tuple(DRAWINGS), out)
-            click.echo("\nEmoji-like things drawn there; the demo model knows few of these and mixes them up:")
-            show(model, others, tuple(DRAWINGS), out)
+            show_samples(model, out)
             click.echo()
-            photos = list(held_out_photos())
-            if photos:
-                click.echo("Photographs that the model was not trained on (validation split of ../shared/data/pairs):")
-                show(model, photos, (*FLOWERS.values(), *CLOTHING.values()), out)
+            clip = show_clips(model, out)
+            click.echo()
+            if model.detects:
+                click.echo(f"Looked for by name ({', '.join(wanted)}):")
+                write_picture(out / "drawings" / "group.png", moving_drawings.group())
+                find_in_pictures(model, [("group", read_picture(out / "drawings" / "group.png"))], wanted, out)
+                find_in_clip(model, clip, wanted, out)
                 click.echo()
             click.echo("Try your own photographs:  make demo PICTURES=FOLDER")
+        detects = model.detects
     click.echo(f"Annotated pictures:        {out}")
+    if pictures is None:
+        click.echo(f"Subtitles, contact sheets: {out / 'clips'}")
+    if detects:
+        click.echo(f"Pictures with boxes:       {out / 'boxes'}")
+
+
+def show_own(model: Model, place: Path, names: Sequence[str], out: Path) -> None:
+    """The user's pictures."""
+    click.echo(f"Your pictures from {place}:")
+    samples = own_pictures(place)
+    show(model, samples, (*DRAWINGS, *FLOWERS.values(), *CLOTHING.values()), out)
+    if model.detects:
+        click.echo(f"\nLooked for by name ({', '.join(names)}):")
+        find_in_pictures(model, [(each.name, each.picture) for each in samples], names, out)
+
+
+def show_samples(model: Model, out: Path) -> None:
+    """Drawings, and photographs where there are any."""
+    shapes, others = split(drawings(out))
+    click.echo("Plain shapes drawn by runtime/examples/drawings.py (no photographs):")
+    show(model, shapes, tuple(DRAWINGS), out)
+    click.echo("\nEmoji-like things drawn there; the demo model knows few of these and mixes them up:")
+    show(model, others, tuple(DRAWINGS), out)
+    photos = list(held_out_photos())
+    if photos:
+        click.echo("\nPhotographs that the model was not trained on (validation split of ../shared/data/pairs):")
+        show(model, photos, (*FLOWERS.values(), *CLOTHING.values()), out)
 
 
 def show(model: Model, samples: Sequence[Sample], classes: Sequence[str], out: Path) -> None:
@@ -91,7 +124,7 @@ def show(model: Model, samples: Sequence[Sample], classes: Sequence[str], out: P
         match = f"{best.text} {best.probability:.2f}"
         click.echo(table_line(sample.name, caption, asked, match))
         lines = [caption, asked, f"best match: {match}"]
-        write_picture(out / f"{re.sub('[^a-zA-Z0-9]+', '-', sample.name)}.png", annotate(sample.picture.rgb(), lines))
+        write_picture(out / f"{file_stem(sample.name)}.png", annotate(sample.picture.rgb(), lines))
         if sample.truth is not None:
             known += 1
             right["captions"] += bool(re.search(rf"\b{re.escape(sample.truth)}\b", caption))

@@ -46,30 +46,30 @@ def black_rectangle() -> Canvas:
     return _shape((240, 250, 245), lambda canvas: _polygon(canvas, box, (0, 0, 0)))
 
 
-def red_heart() -> Canvas:
-    return _shape(WHITE, lambda canvas: _heart(canvas, RED))
+def red_heart(paper: RGB = WHITE) -> Canvas:
+    return _shape(paper, lambda canvas: _heart(canvas, RED))
 
 
-def blue_heart() -> Canvas:
-    return _shape(WHITE, lambda canvas: _heart(canvas, BLUE))
+def blue_heart(paper: RGB = WHITE) -> Canvas:
+    return _shape(paper, lambda canvas: _heart(canvas, BLUE))
 
 
-def star() -> Canvas:
+def star(paper: RGB = WHITE) -> Canvas:
     corners = [_around(0.53, radius, -90 + 36 * i) for i, radius in enumerate([0.47, 0.2] * 5)]
-    return _shape(WHITE, lambda canvas: _polygon(canvas, corners, YELLOW))
+    return _shape(paper, lambda canvas: _polygon(canvas, corners, YELLOW))
 
 
-def sun() -> Canvas:
+def sun(paper: RGB = WHITE) -> Canvas:
     def draw(canvas: Canvas) -> None:
         for angle in range(0, 360, 45):
             corners = [_around(0.5, 0.48, angle), _around(0.5, 0.32, angle - 14), _around(0.5, 0.32, angle + 14)]
             _polygon(canvas, corners, ORANGE)
         _disc(canvas, (0.5, 0.5), 0.27, YELLOW)
 
-    return _shape(WHITE, draw)
+    return _shape(paper, draw)
 
 
-def smiling_face() -> Canvas:
+def smiling_face(paper: RGB = WHITE) -> Canvas:
     def draw(canvas: Canvas) -> None:
         _disc(canvas, (0.5, 0.5), 0.46, YELLOW)
         for x in (0.34, 0.66):
@@ -77,26 +77,26 @@ def smiling_face() -> Canvas:
         centre, size = _pixels((0.5, 0.54)), (round(0.24 * SIDE * _FINE), round(0.2 * SIDE * _FINE))
         cv2.ellipse(canvas, centre, size, 0, 20, 160, DARK, round(0.04 * SIDE * _FINE), cv2.LINE_8)
 
-    return _shape(WHITE, draw)
+    return _shape(paper, draw)
 
 
-def evergreen_tree() -> Canvas:
+def evergreen_tree(paper: RGB = WHITE) -> Canvas:
     def draw(canvas: Canvas) -> None:
         _polygon(canvas, [(0.44, 0.8), (0.56, 0.8), (0.56, 0.97), (0.44, 0.97)], BROWN)
         for top, bottom, half in ((0.36, 0.84, 0.38), (0.2, 0.62, 0.31), (0.04, 0.4, 0.23)):
             _polygon(canvas, [(0.5, top), (0.5 + half, bottom), (0.5 - half, bottom)], GREEN)
 
-    return _shape(WHITE, draw)
+    return _shape(paper, draw)
 
 
-def cloud() -> Canvas:
+def cloud(paper: RGB = WHITE) -> Canvas:
     def draw(canvas: Canvas) -> None:
         grey = (205, 215, 225)
         for centre, radius in (((0.27, 0.6), 0.17), ((0.48, 0.45), 0.23), ((0.72, 0.58), 0.19)):
             _disc(canvas, centre, radius, grey)
         _polygon(canvas, [(0.25, 0.55), (0.75, 0.55), (0.75, 0.77), (0.27, 0.77)], grey)
 
-    return _shape(WHITE, draw)
+    return _shape(paper, draw)
 
 
 DRAWINGS: dict[str, Callable[[], Canvas]] = {
@@ -114,6 +114,19 @@ DRAWINGS: dict[str, Callable[[], Canvas]] = {
     "cloud": cloud,
 }
 """What a drawing shows → a function that makes it: uint8[256, 256, 3], RGB."""
+
+
+def cut_out(draw: Callable[[RGB], Canvas]) -> Canvas:
+    """A drawing without its paper, cropped to what is drawn: uint8[H, W, 4], RGBA.
+
+    draw: makes the drawing on paper of a colour. On white and on black it differs by how much of the paper is seen.
+    """
+    light, dark = (draw(paper).astype(np.int32) for paper in (WHITE, (0, 0, 0)))
+    alpha = np.clip(255 - (light - dark).max(axis=2), 0, 255)
+    colours = np.clip(dark * 255 // np.maximum(alpha, 1)[:, :, None], 0, 255)
+    rows, columns = (np.flatnonzero((alpha > 0).any(axis=axis)) for axis in (1, 0))
+    whole = np.dstack([colours, alpha]).astype(np.uint8)
+    return whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _shape(background: RGB, draw: Callable[[Canvas], None]) -> Canvas:

@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mammut_runtime.bundle import Bundle, Manifest
     from mammut_runtime.caption_options import CaptionOptions
+    from mammut_runtime.detection.boxes import Box, Detection, Detections
+    from mammut_runtime.detection.exemplars import Exemplar
+    from mammut_runtime.detection.tracker import Tracked, Tracker, TrackRule
+    from mammut_runtime.detection.vocabulary import Vocabulary
     from mammut_runtime.engines import Engine, EngineOptions
     from mammut_runtime.engines.fake import FakeEngine
     from mammut_runtime.errors import (
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "bundle": ("Bundle", "Manifest"),
     "caption_options": ("CaptionOptions",),
+    "detection.boxes": ("Box", "Detection", "Detections"),
+    "detection.exemplars": ("Exemplar",),
+    "detection.tracker": ("TrackRule", "Tracked", "Tracker"),
+    "detection.vocabulary": ("Vocabulary",),
     "engines": ("Engine", "EngineOptions"),
     "engines.fake": ("FakeEngine",),
     "errors": (
@@ -57,6 +65,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Answer",
+    "Box",
     "Bundle",
     "BundleError",
     "Candidate",
@@ -64,9 +73,12 @@ __all__ = [
     "CaptionOptions",
     "CheckpointError",
     "Classifier",
+    "Detection",
+    "Detections",
     "Engine",
     "EngineError",
     "EngineOptions",
+    "Exemplar",
     "FakeEngine",
     "Hit",
     "IndexUpdate",
@@ -80,7 +92,11 @@ __all__ = [
     "Picture",
     "PictureIndex",
     "Seen",
+    "TrackRule",
+    "Tracked",
+    "Tracker",
     "VerificationError",
+    "Vocabulary",
     "read_picture",
     "update_index",
 ]

@@ -1,4 +1,5 @@
-"""A small picture that is the same on every device, and the comparison of what a bundle makes of it there and here.
+"""A small picture, and a clip cut from it, the same on every device, and the comparison of what a bundle makes of them
+there and here.
 
 The exporter records what the bundle answered (`bundle.Canary`); a device makes the same picture, runs it, and compares.
 So a broken engine, a driver that computes differently, or a wrong picture path shows before an app trusts it. Running
@@ -18,6 +19,24 @@ from mammut_runtime.manifest import Canary
 _BLOCKS_HW = (6, 8)
 _BLOCK_SALT = 0x80000000
 """Keeps the blocks' numbers apart from the pixels'."""
+
+
+@dataclass(frozen=True, eq=False)
+class CanaryAnswers:
+    """What a bundle makes of the canary's inputs; None of what it has no graph for."""
+
+    embedding: NDArray[np.float32] | None = None
+    """Of the picture, float32[E]."""
+    text_embedding: NDArray[np.float32] | None = None
+    caption_ids: tuple[int, ...] | None = None
+    """The picture's greedy caption, without start and end."""
+    clip_embedding: NDArray[np.float32] | None = None
+    """Of the picture's `moving_crops`."""
+
+    @property
+    def embeddings(self) -> dict[str, NDArray[np.float32] | None]:
+        """Those compared with a tolerance, by their names here and in Canary."""
+        return {name: getattr(self, name) for name in ("embedding", "text_embedding", "clip_embedding")}
 
 
 @dataclass(frozen=True)
@@ -55,31 +74,32 @@ def canary_picture(seed: int, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
     return ((2 * gradient + 5 * blocks + noise) // 8).astype(np.uint8)
 
 
-def compare(
-    expected: Canary,
-    embedding: NDArray[np.float32] | None,
-    text_embedding: NDArray[np.float32] | None,
-    caption_ids: Sequence[int] | None,
-) -> CanaryResult:
-    """Compare a replay with what was recorded. None: not replayed, for example because the bundle lacks the graph.
+def moving_crops(picture: NDArray[np.uint8], frames: int) -> list[NDArray[np.uint8]]:
+    """A clip made of a picture uint8[H, W, 3]: its first frame is the upper left three quarters of it, its last frame
+    the lower right ones, those between lie evenly on the way. Whole numbers only, rounded down.
 
-    embedding, text_embedding: float32[E]. caption_ids: the greedy caption, without start and end.
+    frames: at least 1. Returns that many, uint8[max(H * 3 // 4, 1), max(W * 3 // 4, 1), 3] each.
     """
+    sides = [(max(side * 3 // 4, 1), side) for side in picture.shape[:2]]
+    last = max(frames - 1, 1)
+    starts = [[(side - part) * index // last for part, side in sides] for index in range(frames)]
+    return [picture[y : y + sides[0][0], x : x + sides[1][0]] for y, x in starts]
+
+
+def compare(expected: Canary, answers: CanaryAnswers) -> CanaryResult:
+    """Compare a replay with what was recorded."""
     problems: list[str] = []
     worst = 0.0
-    for name, want, got in (
-        ("embedding", expected.embedding, embedding),
-        ("text_embedding", expected.text_embedding, text_embedding),
-    ):
+    for name, got in answers.embeddings.items():
         if got is None:
             continue
-        error = _largest_difference(want, got)
+        error = _largest_difference(getattr(expected, name), got)
         worst = max(worst, error)
         if not error <= expected.tolerance:
             problems.append(f"{name} differs by {error:.2g}, tolerance {expected.tolerance:.2g}")
-    if caption_ids is not None and tuple(caption_ids) != expected.caption_ids:
-        problems.append(f"caption ids {_shown(caption_ids)}, expected {_shown(expected.caption_ids)}")
-    if embedding is None and text_embedding is None and caption_ids is None:
+    if answers.caption_ids is not None and answers.caption_ids != expected.caption_ids:
+        problems.append(f"caption ids {_shown(answers.caption_ids)}, expected {_shown(expected.caption_ids)}")
+    if all(each is None for each in vars(answers).values()):
         problems.append("nothing was replayed")
     if problems:
         advice = "this device or engine computes something else than where the bundle was exported"

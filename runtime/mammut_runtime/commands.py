@@ -12,6 +12,8 @@ from mammut_runtime.commands_build import build
 from mammut_runtime.commands_checks import doctor, verify
 from mammut_runtime.commands_pictures import ask, caption, match
 from mammut_runtime.commands_search import search
+from mammut_runtime.detection.commands import detect
+from mammut_runtime.detection.commands_vocabulary import vocabulary
 from mammut_runtime.doctor import DISTRIBUTION
 from mammut_runtime.video.commands import ask_video, caption_video, find_video
 
@@ -26,7 +28,9 @@ def cli() -> None:
     """
 
 
-for command in (caption, ask, match, search, caption_video, ask_video, find_video, verify, bench, build, doctor):
+for command in (caption, ask, match, detect, vocabulary, search, caption_video, ask_video, find_video):
+    cli.add_command(command)
+for command in (verify, bench, build, doctor):
     cli.add_command(command)
 
 

@@ -35,6 +35,8 @@ class BenchResult:
     """A picture of the model's own size, normalisation included, no resizing."""
     encode_1080p_ms: float
     """A camera frame of 1920 x 1080."""
+    encode_clip_ms: float | None
+    """A clip for the video graph, of frames as for encode_ms; None for a bundle without it."""
     text_1_ms: float | None
     text_64_ms: float | None
     """Text tower, tokenizer included; None for a bundle without it."""
@@ -101,6 +103,7 @@ def measure(settings: ModelSettings, repeats: int, tokens: int) -> BenchResult:
         graphs, size = model.manifest.graphs, model.manifest.preprocess.size
         picture = canary_picture(1, (size, size))
         frame = np.random.default_rng(1).integers(0, 256, (1080, 1920, 3), np.uint8)
+        clip = [picture] * model.manifest.model.video_frames
         texts = _Texts(model)
         captions = _captions(model, model.encode(picture), repeats, tokens) if "decoder" in graphs else None
         return BenchResult(
@@ -109,6 +112,7 @@ def measure(settings: ModelSettings, repeats: int, tokens: int) -> BenchResult:
             open_ms=open_ms,
             encode_ms=_median_ms(lambda: model.encode(picture), repeats),
             encode_1080p_ms=_median_ms(lambda: model.encode(frame), repeats),
+            encode_clip_ms=_median_ms(lambda: model.encode_frames(clip), repeats) if model.watches else None,
             text_1_ms=_median_ms(lambda: texts.embed(1), repeats) if "text" in graphs else None,
             text_64_ms=_median_ms(lambda: texts.embed(PROMPTS), max(1, repeats // 2)) if "text" in graphs else None,
             caption_ms=captions[0] if captions else None,
@@ -130,6 +134,7 @@ def describe(result: BenchResult) -> list[str]:
         ("open, every hash checked", result.open_ms, "ms"),
         ("picture encode", result.encode_ms, "ms"),
         ("picture encode, 1920x1080", result.encode_1080p_ms, "ms"),
+        ("clip encode", result.encode_clip_ms, "ms"),
         ("text tower, 1 prompt", result.text_1_ms, "ms"),
         (f"text tower, {PROMPTS} prompts", result.text_64_ms, "ms"),
         (f"caption, {result.tokens} tokens, greedy", result.caption_ms, "ms"),

@@ -42,12 +42,16 @@ class ModelSettings:
 
     def load(self) -> Model:
         """The model, its hashes checked. Raises BundleError that says how to get a bundle, if there is none."""
+        return Model.load(self.existing(), self.engine, preprocess=self.preprocess)
+
+    def existing(self) -> Path:
+        """The bundle's folder. Raises BundleError as `load` does."""
         if not self.bundle.exists():
             raise BundleError(
                 f"{self.bundle}: no such bundle; give one with --bundle DIR or {BUNDLE_VARIABLE}, or make one with "
                 f"`make demo` or mammut-export"
             )
-        return Model.load(self.bundle, self.engine, preprocess=self.preprocess)
+        return self.bundle
 
 
 def model_options(command: Function) -> Function:
@@ -68,9 +72,7 @@ def model_options(command: Function) -> Function:
     )
     @engine_options
     @functools.wraps(command)
-    def with_settings(
-        engine: EngineOptions, *, bundle: Path, preprocess: Literal["exact", "fast"], **rest: Any
-    ) -> Any:
+    def with_settings(engine: EngineOptions, *, bundle: Path, preprocess: Literal["exact", "fast"], **rest: Any) -> Any:
         return command(ModelSettings(bundle, engine, preprocess), **rest)
 
     return with_settings

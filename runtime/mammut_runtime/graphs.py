@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from mammut_runtime.engines import Engine
 from mammut_runtime.errors import BundleError, EngineError
 
-_USERS = {"vision": "pictures", "text": "texts to match", "memory": "captions", "decoder": "captions"}
+_USERS = {
+    "vision": "pictures",
+    "video": "clips",
+    "text": "texts to match",
+    "memory": "captions",
+    "decoder": "captions",
+    "detector": "detections",
+}
+"""Graph -> what cannot be had without it, for messages."""
 
 
 class Graphs:

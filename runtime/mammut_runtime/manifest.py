@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Literal
 
+from mammut_runtime.detection.rule import DetectionRule
 from mammut_runtime.errors import BundleError
 from mammut_runtime.preprocess import PreprocessRule
-from mammut_runtime.strict import Between, Length, Matching, from_dict, parse_json
+from mammut_runtime.strict import Between, Length, Matching, Omissible, from_dict, parse_json
 
 FORMAT: Final = 1
 """The manifest format this runtime reads and writes."""
@@ -51,7 +52,14 @@ Component = Annotated[float, Between(-1.001, 1.001)]
 _TENSOR_NAME = Matching(r"[a-z_][a-z0-9_]*(\.[0-9]+)?", "a tensor name such as 'pixels' or 'past_k.0'")
 _OUTPUT_NAME = Matching(r"[a-z][a-z0-9_.]*", "a name such as 'vision.embedding'")
 _DIMENSION = re.compile(r"[a-z_][a-z0-9_]*( ?\+ ?[a-z_][a-z0-9_]*)?")
-_GRAPHS_NEEDED = {"vision": (), "text": (), "memory": ("vision",), "decoder": ("vision", "memory")}
+_GRAPHS_NEEDED: dict[str, tuple[str, ...]] = {
+    "vision": (),
+    "video": ("vision",),
+    "text": (),
+    "memory": ("vision",),
+    "decoder": ("vision", "memory"),
+    "detector": (),
+}
 _PLACEHOLDERS = {"caption": None, "ask": "{question}", "zero_shot": "{}"}
 """Task → the placeholder that its prompt, or each line of it, holds exactly once."""
 
@@ -119,10 +127,23 @@ class ModelInfo:
     """Added to the scaled cosine; 0.0 where the model has none."""
     similarity: Literal["softmax", "sigmoid"]
     """How scaled cosines become probabilities: over the candidates together, or each on its own."""
+    video_frames: Annotated[int, Between(0, 1_024), Omissible()] = 0
+    """F: frames that the `video` graph takes, neither more nor fewer; 0 in a bundle without that graph."""
+    video_tokens: Annotated[int, Between(0, 65_536), Omissible()] = 0
+    """Nv: tokens that leave the `video` graph, a class token counted; 0 in a bundle without it."""
 
     def __post_init__(self) -> None:
         if self.text_width % self.heads:
             raise ValueError(f"text_width {self.text_width} is not a multiple of heads {self.heads}")
+        if (self.video_frames > 0) != (self.video_tokens > 0):
+            raise ValueError(
+                f"video_frames {self.video_frames} and video_tokens {self.video_tokens}: expected both above 0, or 0"
+            )
+
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """How many tokens `memory` and `decoder` are given: a picture's N and, where there is one, a clip's Nv."""
+        return (self.image_tokens, *([self.video_tokens] if self.video_tokens else []))
 
 
 @dataclass(frozen=True)
@@ -236,6 +257,8 @@ class Canary:
     """Largest difference of a component of an embedding."""
     picture_hw: tuple[Annotated[int, Between(1, 4096)], Annotated[int, Between(1, 4096)]] = (192, 256)
     """Height and width of the canary picture, pixels. Not the model's: resizing and cropping are replayed too."""
+    clip_embedding: Annotated[tuple[Component, ...], Length(0, 16_384), Omissible()] = ()
+    """Expected embedding of the canary clip, E components; empty in a bundle without `video`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +282,8 @@ class Manifest:
     """"graph.output" → measured error and its tolerance."""
     quantization: Annotated[dict[str, QuantizationInfo], Length(0, 16)]
     """Graph → how it is quantized; graphs in float32 may be left out."""
+    detection: Annotated[DetectionRule | None, Omissible()] = None
+    """How the `detector` graph is used; null in a bundle without it."""
     drift: DriftInfo | None = None
     """Null where nothing was quantized, or nothing measured."""
     profiles: Annotated[dict[str, dict[str, InputProfile]], Length(0, 16)] = field(default_factory=dict)
@@ -290,8 +315,13 @@ class Manifest:
     def _graph_problems(self) -> Iterator[str]:
         half = self.target == "tensorrt" and halves_between(self.graphs)
         between: Literal["float32", "float16"] = "float16" if half else "float32"
-        contract = graph_contract(self.model, self.preprocess.size, between)
+        contract = graph_contract(self.model, self.preprocess.size, between, self.detection)
         for name, graph in self.graphs.items():
+            if name == "video" and name not in contract:
+                yield "model.video_frames: expected 1 or more in a bundle with the graph 'video', got 0"
+                continue
+            if name == "detector" and name not in contract:
+                continue  # the missing rule is named below
             if name not in contract:
                 yield f"graphs: unknown key {name[:80]!r}, expected some of {', '.join(contract)}"
                 continue
@@ -300,6 +330,10 @@ class Manifest:
                     yield f"graphs: missing key {needed!r}, which {name!r} needs"
             yield from _tensor_problems(f"graphs.{name}.inputs", graph.inputs, contract[name].inputs)
             yield from _tensor_problems(f"graphs.{name}.outputs", graph.outputs, contract[name].outputs)
+        if (self.detection is None) != ("detector" not in self.graphs):
+            yield "detection: expected an object in a bundle with the graph 'detector', and null in any other"
+        if self.model.video_frames and "video" not in self.graphs:
+            yield f"model.video_frames: expected 0 in a bundle without 'video', got {self.model.video_frames}"
         for name in self.quantization.keys() - self.graphs.keys():
             yield f"quantization: unknown key {name[:80]!r}, expected one of this bundle's graphs"
 
@@ -335,6 +369,7 @@ class Manifest:
         for key, graph, found in (
             ("embedding", "vision", len(canary.embedding)),
             ("text_embedding", "text", len(canary.text_embedding)),
+            ("clip_embedding", "video", len(canary.clip_embedding)),
         ):
             expected = size if graph in self.graphs else 0
             if found != expected:
@@ -358,12 +393,19 @@ def read_manifest(text: bytes, where: str = MANIFEST_FILE) -> Manifest:
 
 
 def graph_contract(
-    model: ModelInfo, image_size: int, between: Literal["float32", "float16"] = "float32"
+    model: ModelInfo,
+    image_size: int,
+    between: Literal["float32", "float16"] = "float32",
+    detection: DetectionRule | None = None,
 ) -> dict[str, GraphInfo]:
     """Every graph of format 1 as its ONNX file must be: names, dtypes and sizes. A bundle may have some of them.
 
+    Where the model has a video graph, `memory` and `decoder` look at pictures as well as at clips: the number of tokens
+    they are given is then a free size, "seen", one of `model.token_counts`.
+
     image_size: side of the model's square input, pixels (S). between: dtype of what goes from graph to graph or from
     step to step (tokens, cross_*, past_*, present_*); float16 only in bundles for tensorrt, where it halves the caches.
+    detection: the rule of a bundle that has the `detector` graph; its names ("classes") are any number.
     """
     heads, width = model.heads, model.text_width // model.heads
 
@@ -374,22 +416,52 @@ def graph_contract(
         """k and v of each layer, in the order k.0, v.0, k.1, v.1."""
         return [floats(f"{prefix}_{kind}.{layer}", *shape) for layer in range(count) for kind in "kv"]
 
-    tokens = floats("tokens", "batch", model.image_tokens, model.vision_width)
+    seen = "seen" if model.video_frames else model.image_tokens
+    seen = "seen" if model.video_frames else model.image_tokens
     embedding = floats("embedding", "batch", model.embed_dim)
     norm = floats("norm", "batch")
-    cross = caches("cross", model.cross_layers, "batch", heads, model.image_tokens, width)
+    cross = caches("cross", model.cross_layers, "batch", heads, seen, width)
     past = caches("past", model.text_layers, "batch", "beams", heads, "past", width)
     present = caches("present", model.text_layers, "batch", "beams", heads, "past+new", width)
-    pixels = floats("pixels", "batch", 3, image_size, image_size)
-    ids = TensorInfo("ids", "int64", ("batch", "length"))
     new_ids = TensorInfo("ids", "int64", ("batch", "beams", "new"))
     logits = floats("logits", "batch", "beams", model.vocab_size)
-    return {
-        "vision": GraphInfo("vision.onnx", (pixels,), (tokens, embedding, norm)),
-        "text": GraphInfo("text.onnx", (ids,), (embedding, norm)),
+
+    def encoder(name: str, given: TensorInfo, tokens: int) -> GraphInfo:
+        leaving = floats("tokens", "batch", tokens, model.vision_width)
+        return GraphInfo(f"{name}.onnx", (given,), (leaving, embedding, norm))
+
+    picture = (3, image_size, image_size)
+    contract = {"vision": encoder("vision", floats("pixels", "batch", *picture), model.image_tokens)}
+    if model.video_frames:
+        frames = floats("frames", "batch", model.video_frames, *picture)
+        contract["video"] = encoder("video", frames, model.video_tokens)
+    if detection is not None:
+        contract["detector"] = _detector_contract(model.embed_dim, detection)
+    tokens = floats("tokens", "batch", seen, model.vision_width)
+    return contract | {
+        "text": GraphInfo("text.onnx", (TensorInfo("ids", "int64", ("batch", "length")),), (embedding, norm)),
         "memory": GraphInfo("memory.onnx", (tokens,), tuple(cross)),
         "decoder": GraphInfo("decoder.onnx", (new_ids, *past, *cross), (logits, *present)),
     }
+
+
+def _detector_contract(embed_dim: int, rule: DetectionRule) -> GraphInfo:
+    """novel: 1.0 for names that had no boxes in training, else 0.0. boxes: xyxy in pixels of the square input. scores:
+    0 to 1, of every name for every proposal; boxes that overlap are not left out yet."""
+    given: dict[str, tuple[int | str, ...]] = {
+        "pixels": ("batch", 3, rule.size, rule.size),
+        "classes": ("classes", embed_dim),
+        "novel": ("classes",),
+    }
+    found: dict[str, tuple[int | str, ...]] = {
+        "boxes": ("batch", rule.proposals, 4),
+        "scores": ("batch", rule.proposals, "classes"),
+    }
+
+    def tensors(shapes: Mapping[str, tuple[int | str, ...]]) -> tuple[TensorInfo, ...]:
+        return tuple(TensorInfo(name, "float32", shape) for name, shape in shapes.items())
+
+    return GraphInfo("detector.onnx", tensors(given), tensors(found))
 
 
 def is_between(name: str) -> bool:
@@ -432,7 +504,7 @@ def _contradictions(
 
 
 def _tensor_problems(path: str, found: tuple[TensorInfo, ...], expected: tuple[TensorInfo, ...]) -> Iterator[str]:
-    """Order does not matter; a size that the contract leaves open may be fixed."""
+    """Order does not matter; a size that the contract leaves open may be fixed, except "seen", which has two values."""
     by_name = {tensor.name: tensor for tensor in found}
     if len(by_name) != len(found):
         yield f"{path}: two tensors have the same name"
@@ -442,12 +514,18 @@ def _tensor_problems(path: str, found: tuple[TensorInfo, ...], expected: tuple[T
             yield f"{path}: missing tensor {want.name!r}"
             continue
         fits = len(tensor.shape) == len(want.shape) and all(
-            isinstance(size, str) or size == got for size, got in zip(want.shape, tensor.shape, strict=True)
+            _may_be(size, got) for size, got in zip(want.shape, tensor.shape, strict=True)
         )
         if tensor.dtype != want.dtype or not fits:
             yield f"{path}: {want.name}: expected {_described(want)}, got {_described(tensor)}"
     for name in by_name:
         yield f"{path}: unknown tensor {name!r}"
+
+
+def _may_be(size: int | str, got: int | str) -> bool:
+    if size == "seen":
+        return isinstance(got, str)
+    return isinstance(size, str) or size == got
 
 
 def _described(tensor: TensorInfo) -> str:

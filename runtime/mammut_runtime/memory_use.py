@@ -2,7 +2,7 @@
 
 The growth is counted from a process that has everything but weights: the libraries are loaded, the tokenizer is read,
 and the bundle's engine has started, opened a graph of one node and run it. It ends when every graph of the bundle was
-opened and used once: a picture, a text, a greedy caption. So it holds the weights in whatever form the engine keeps
+opened and used once: a picture, a clip, a text, a greedy caption. So it holds the weights in whatever form the engine keeps
 them, what it compiled for them, and the buffers of one call.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mammut_runtime.canary import canary_picture
+from mammut_runtime.canary import canary_picture, moving_crops
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.engines import EngineOptions, open_engine
 from mammut_runtime.errors import EngineError
@@ -60,6 +60,8 @@ def measure_memory(model: Model, options: EngineOptions) -> MemoryUse:
         seen = model.encode(canary_picture(1, (size, size)))
         if "decoder" in model.manifest.graphs:
             seen.caption(CaptionOptions(beams=1))
+    if model.watches:
+        model.encode_frames(moving_crops(canary_picture(1, (64, 64)), model.manifest.model.video_frames))
     if "text" in model.manifest.graphs:
         model.embed_texts(["a photo"])
     gc.collect()

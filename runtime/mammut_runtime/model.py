@@ -9,7 +9,7 @@
 The work is done elsewhere: preprocess.py (pixels), graphs.py (engines), text_tower.py (embeddings of texts),
 captioner.py (captions and answers). search.py finds pictures in folders.
 
-Legend: B pictures, N image tokens, Wv their width, E embedding.
+Legend: B pictures, N image tokens, Wv their width, E embedding; F frames, Nv tokens of a clip.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mammut_runtime.bundle import TOKENIZER_FILE, Bundle, Canary, Manifest
-from mammut_runtime.canary import CanaryResult, canary_picture, compare
+from mammut_runtime.canary import CanaryAnswers, CanaryResult, canary_picture, compare, moving_crops
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.captioner import Captioner, Memory
+from mammut_runtime.detection.boxes import Detections
+from mammut_runtime.detection.detector import PictureDetector, Square
+from mammut_runtime.detection.exemplars import Exemplar, embed_exemplars
+from mammut_runtime.detection.vocabulary import Vocabulary
 from mammut_runtime.engines import Engine, EngineOptions, check_ready, open_engine
 from mammut_runtime.errors import BundleError, InputError, VerificationError
 from mammut_runtime.generation_openmammut import OpenMammutOptions
@@ -39,6 +43,8 @@ from mammut_runtime.text_tower import Classifier, TextTower, check_templates
 from mammut_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from mammut_runtime.detection.clips import FrameDetections
+    from mammut_runtime.detection.tracker import TrackRule
     from mammut_runtime.video.captions import VideoCaptionOptions
     from mammut_runtime.video.cues import Cue
     from mammut_runtime.video.encode import SeenClip
@@ -80,6 +86,7 @@ class Model:
         self._tokenizer: Tokenizer | None = None
         self._text: TextTower | None = None
         self._captioner: Captioner | None = None
+        self._detector: PictureDetector | None = None
 
     @classmethod
     def load(
@@ -130,11 +137,117 @@ class Model:
         _check_batch_size(batch_size)
         seen: list[Seen] = []
         for start in range(0, len(images), batch_size):
-            pixels = np.stack([self._pixels(each, color) for each in images[start : start + batch_size]])
+            opened = [_opened(each) for each in images[start : start + batch_size]]
+            pixels = np.stack([self._preprocessor(each, color=color) for each in opened])
             outputs = self._graphs.run("vision", {"pixels": pixels})
-            pairs = zip(outputs["tokens"], outputs["embedding"], strict=True)
-            seen += [Seen(self, tokens, embedding) for tokens, embedding in pairs]
+            squares = [self.detector.square(each, color) if self.detects else None for each in opened]
+            triples = zip(outputs["tokens"], outputs["embedding"], squares, strict=True)
+            seen += [Seen(self, *each) for each in triples]
         return seen
+
+    @property
+    def detects(self) -> bool:
+        """Whether the bundle has a `detector` graph, which finds named things."""
+        return "detector" in self.manifest.graphs
+
+    def detect(
+        self,
+        image: Image,
+        names: Sequence[str] | Vocabulary,
+        threshold: float | None = None,
+        max_per_class: int | None = None,
+        *,
+        color: ChannelOrder = "rgb",
+    ) -> Detections:
+        """Find named things in a picture, without encoding it for anything else. See `detect_batch`."""
+        return self.detect_batch([image], names, threshold, max_per_class, color=color)[0]
+
+    def detect_batch(
+        self,
+        images: Sequence[Image],
+        names: Sequence[str] | Vocabulary,
+        threshold: float | None = None,
+        max_per_class: int | None = None,
+        *,
+        color: ChannelOrder = "rgb",
+        batch_size: int = BATCH,
+    ) -> list[Detections]:
+        """Find named things in pictures, `batch_size` computed together.
+
+        names: words, embedded now if they are new, or a vocabulary. threshold: lowest score that counts; None takes
+        each name's own, or the bundle's. max_per_class: most boxes of one name. Boxes are in pixels of the picture
+        that was given; a file is turned upright by its EXIF orientation first. Raises BundleError for a bundle
+        without a detector; InputError for pictures and names that cannot be used, and for another model's vocabulary.
+        """
+        _check_batch_size(batch_size)
+        vocabulary = names if isinstance(names, Vocabulary) else self.vocabulary(names)
+        found: list[Detections] = []
+        for start in range(0, len(images), batch_size):
+            squares = [self.detector.square(_opened(each), color) for each in images[start : start + batch_size]]
+            found += self.detector.detect(squares, vocabulary, threshold, max_per_class)
+        return found
+
+    def detect_video(
+        self,
+        path: str | Path,
+        names: Sequence[str] | Vocabulary,
+        fps: float | None = 5.0,
+        threshold: float | None = None,
+        max_per_class: int | None = None,
+        rule: TrackRule | None = None,
+    ) -> Iterator[FrameDetections]:
+        """Find named things in a clip, frame by frame; each thing has a number that it keeps. Memory does not grow.
+
+        fps: frames looked at in a second of the clip; None looks at all. rule: what counts as the same thing.
+        Raises, at the first frame, InputError for what is no clip, and what `detect_batch` raises.
+        """
+        from mammut_runtime.detection.clips import detect_clip
+        from mammut_runtime.video.decode import Clip
+
+        vocabulary = names if isinstance(names, Vocabulary) else self.vocabulary(names)
+        with Clip.open(path) as clip:
+            yield from detect_clip(self, clip, vocabulary, fps, threshold, max_per_class, rule)
+
+    def vocabulary(
+        self,
+        names: Sequence[str] = (),
+        *,
+        negatives: Sequence[str] = (),
+        exemplars: Sequence[Exemplar] = (),
+        templates: Sequence[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Vocabulary:
+        """Names to detect, made once: at most 10,000 together.
+
+        negatives: names that compete and are not reported. exemplars: pictures of things in place of their names.
+        templates: prompts for the words; None takes the bundle's own. progress: called with (done, of how many).
+        Raises BundleError for a bundle without a detector, InputError for names that are empty or given twice.
+        """
+        pictures, notices = embed_exemplars(self, exemplars) if exemplars else ([], ())
+        return self.detector.vocabulary(names, negatives, pictures, templates, progress, notices)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the bundle has a `video` graph, which sees movement. Without it a clip is seen as still pictures."""
+        return "video" in self.manifest.graphs
+
+    def encode_frames(self, frames: Sequence[Image], color: ChannelOrder = "rgb") -> Seen:
+        """Look at a clip with the `video` graph: the frames in their order, `model.video_frames` of them exactly.
+
+        `encode_video` takes files and any number of frames, and works with every bundle. color: as for `encode`.
+        Raises BundleError for a bundle without that graph, InputError for another number of frames, and for a frame
+        that cannot be used.
+        """
+        graph = self._graphs.engine("video")
+        expected = self.manifest.model.video_frames
+        if len(frames) != expected:
+            raise InputError(
+                f"the video graph of this bundle takes {expected} frames, got {len(frames)}; encode_video takes any "
+                f"number of them"
+            )
+        clip = np.stack([self._pixels(each, color) for each in frames])
+        outputs = graph.run({"frames": clip[None]})
+        return Seen(self, outputs["tokens"][0], outputs["embedding"][0])
 
     def encode_video(
         self,
@@ -149,8 +262,9 @@ class Model:
         """Look at a clip, or the part of it from start_s to end_s; then caption, ask and match as for a picture.
 
         source: a file, or frames uint8[H, W, 3] (then color says their channels, and fps, 25 by default, their times).
-        budget: what it may cost; None is 8 frames. What was used is in the result's `sampling`. How frames become one
-        is in video/encode.py. Raises InputError for what is no clip, and for a part without frames.
+        budget: what it may cost; None is 8 frames, or as many as the bundle's `video` graph takes. What was used is in
+        the result's `sampling`, and in `way` whether it was that graph. How frames become one is in video/encode.py.
+        Raises InputError for what is no clip, and for a part without frames.
         """
         from mammut_runtime.video.encode import encode_video
 
@@ -195,59 +309,69 @@ class Model:
         options: CaptionOptions | OpenMammutOptions | None = None,
         batch_size: int = BATCH,
     ) -> list[Caption]:
-        """A caption for each picture, `batch_size` computed together; the same captions as one by one.
+        """A caption for each picture or clip, `batch_size` computed together; the same captions as one by one.
 
-        Raises InputError for a prompt that is empty or too long, and for pictures that another model has seen.
+        Pictures are computed with pictures and clips with clips. Raises InputError for a prompt that is empty or too
+        long, and for pictures that another model has seen.
         """
         _check_batch_size(batch_size)
-        captions: list[Caption] = []
-        for start in range(0, len(seen), batch_size):
-            memories = self._memories(seen[start : start + batch_size])
+        captions: dict[int, Caption] = {}
+        for together in _of_one_kind(seen, batch_size):
+            memories = self._memories([seen[index] for index in together])
             if isinstance(options, OpenMammutOptions):
-                captions += self.captioner.caption_openmammut(memories, options)
+                found = self.captioner.caption_openmammut(memories, options)
             else:
-                captions += self.captioner.caption(memories, options or CaptionOptions())
-        return captions
+                found = self.captioner.caption(memories, options or CaptionOptions())
+            captions |= zip(together, found, strict=True)
+        return [captions[index] for index in range(len(seen))]
 
     def generate_openmammut(
         self, seen: Sequence[Seen], options: OpenMammutOptions | None = None, text: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
-        """The public openMaMMUT `generate()`, ids int64[B, width] with start, end and pads."""
+        """The public openMaMMUT `generate()`, ids int64[B, width] with start, end and pads.
+
+        Raises InputError for pictures together with clips of the `video` graph.
+        """
+        if len(_of_one_kind(seen, len(seen) or 1)) > 1:
+            raise InputError("pictures and clips cannot be in one call; generate for them one after the other")
         return self.captioner.openmammut(self._memories(seen), options or OpenMammutOptions(), text)
 
     def see(self, tokens: Floats, embedding: Floats) -> Seen:
-        """A Seen from what the vision graph gave before (kept, or computed elsewhere).
+        """A Seen from what the vision or the video graph gave before (kept, or computed elsewhere).
 
-        tokens: float32[N, Wv], or float16 in a bundle that passes these between its graphs; embedding: float32[E].
-        Raises InputError for other shapes.
+        tokens: float32[N or Nv, Wv], or float16 in a bundle that passes these between its graphs; embedding:
+        float32[E]. Raises InputError for other shapes.
         """
         model = self.manifest.model
+        counts = model.token_counts
         (dtype,) = (each.dtype for each in self.manifest.graphs["vision"].outputs if each.name == "tokens")
-        if tokens.shape != (model.image_tokens, model.vision_width) or embedding.shape != (model.embed_dim,):
+        shapes = [(count, model.vision_width) for count in counts]
+        if tokens.shape not in shapes or embedding.shape != (model.embed_dim,):
             raise InputError(
-                f"expected tokens [{model.image_tokens}, {model.vision_width}] and an embedding [{model.embed_dim}], "
+                f"expected tokens {' or '.join(str(list(shape)) for shape in shapes)} and an embedding "
+                f"[{model.embed_dim}], "
                 f"got {list(tokens.shape)} and {list(embedding.shape)}; they must come from this bundle"
             )
         return Seen(self, np.asarray(tokens, dtype), np.asarray(embedding, np.float32))
 
-    def canary_answers(self, canary: Canary) -> tuple[Floats | None, Floats | None, tuple[int, ...] | None]:
-        """What this model makes of the canary's inputs: picture embedding, text embedding, greedy caption's ids.
-
-        None where the bundle has no graph for it. The exporter records it, `replay_canary` compares with it.
-        """
-        embedding = text_embedding = caption_ids = None
+    def canary_answers(self, canary: Canary) -> CanaryAnswers:
+        """What this model makes of the canary's inputs. The exporter records it, `replay_canary` compares with it."""
+        embedding = text_embedding = caption_ids = clip_embedding = None
+        picture = canary_picture(canary.seed, canary.picture_hw)
         if "vision" in self.manifest.graphs:
-            seen = self.encode(canary_picture(canary.seed, canary.picture_hw))
+            seen = self.encode(picture)
             embedding = seen.embedding
             if "decoder" in self.manifest.graphs:
                 caption_ids = seen.caption(CaptionOptions(beams=1)).ids
         if "text" in self.manifest.graphs:
             text_embedding = self._graphs.run("text", {"ids": np.array([canary.ids], np.int64)})["embedding"][0]
-        return embedding, text_embedding, caption_ids
+        if self.watches:
+            clip_embedding = self.encode_frames(moving_crops(picture, self.manifest.model.video_frames)).embedding
+        return CanaryAnswers(embedding, text_embedding, caption_ids, clip_embedding)
 
     def replay_canary(self) -> CanaryResult:
         """Compute what the bundle recorded where it was exported. Raises VerificationError if it differs here."""
-        result = compare(self.manifest.canary, *self.canary_answers(self.manifest.canary))
+        result = compare(self.manifest.canary, self.canary_answers(self.manifest.canary))
         if not result.ok:
             raise VerificationError(f"{self.bundle.path}: {result.message}")
         return result
@@ -299,6 +423,14 @@ class Model:
                 self._captioner = Captioner(self._graphs, tokenizer, self.manifest)
             return self._captioner
 
+    @property
+    def detector(self) -> PictureDetector:
+        """Pictures and vocabularies to boxes. Raises BundleError for a bundle without a detector."""
+        with self._lock:
+            if self._detector is None:
+                self._detector = PictureDetector(self._graphs, self.bundle, lambda: self.text)
+            return self._detector
+
     def probabilities(self, cosines: Floats) -> Floats:
         """Cosines of candidates with one picture to probabilities, float32[C] -> float32[C], by the bundle's rule."""
         model = self.manifest.model
@@ -308,9 +440,7 @@ class Model:
         return (1 / (1 + np.exp(-scaled))).astype(np.float32)
 
     def _pixels(self, image: Image, color: ChannelOrder) -> Floats:
-        if isinstance(image, str | Path | bytes):
-            image = read_picture(image)
-        return self._preprocessor(image, color=color)
+        return self._preprocessor(_opened(image), color=color)
 
     def _memories(self, seen: Sequence[Seen]) -> list[Memory]:
         """What the decoder looks at, computed together for the pictures that do not have it yet."""
@@ -318,8 +448,8 @@ class Model:
             if each.model is not self:
                 raise InputError("a picture was seen by another model; encode it with this one")
         new = [each for each in seen if each.memory is None]
-        for start in range(0, len(new), BATCH):
-            batch = new[start : start + BATCH]
+        for together in _of_one_kind(new, BATCH):
+            batch = [new[index] for index in together]
             for each, memory in zip(batch, self.captioner.memories(np.stack([s.tokens for s in batch])), strict=True):
                 each.memory = memory  # two threads may both compute it; they compute the same
         return [each.memory for each in seen if each.memory is not None]
@@ -328,13 +458,15 @@ class Model:
 class Seen:
     """A picture the model has looked at. Ask as often as you like: nothing is computed twice that need not be."""
 
-    def __init__(self, model: Model, tokens: Floats, embedding: Floats) -> None:
+    def __init__(self, model: Model, tokens: Floats, embedding: Floats, square: Square | None = None) -> None:
         """Made by Model.encode."""
         self.model = model
         self.tokens = tokens
-        """float32[N, Wv], what the decoder reads."""
+        """float32[N, Wv], what the decoder reads; [Nv, Wv] of a clip that the `video` graph has seen."""
         self.embedding = embedding
         """float32[E], unit length; its dot product with Model.embed_texts is the similarity."""
+        self.square = square
+        """The picture at the detector's size; None where the bundle has no detector, or this is not one picture."""
         self.memory: Memory | None = None
         """The decoder's keys and values of this picture; computed at the first caption or question."""
 
@@ -400,12 +532,37 @@ class Seen:
             tuple(notice for each in every for notice in each.notices),
         )
 
+    def detect(
+        self, names: Sequence[str] | Vocabulary, threshold: float | None = None, max_per_class: int | None = None
+    ) -> Detections:
+        """Find named things in the picture: boxes in its pixels, best first. See Model.detect_batch.
+
+        Raises also InputError for what is not one picture (a clip, or what Model.see made).
+        """
+        vocabulary = names if isinstance(names, Vocabulary) else self.model.vocabulary(names)
+        if self.square is None:
+            raise InputError("this is not one picture; give a picture, or the frames of a clip, to Model.detect")
+        return self.model.detector.detect([self.square], vocabulary, threshold, max_per_class)[0]
+
     def _classes(self, texts: Sequence[str], templates: Sequence[str] | None) -> Classifier:
         """Texts as they are, or in templates."""
         tower = self.model.text
         if templates is not None:
             return tower.classifier(texts, check_templates(templates))
         return Classifier(tuple(texts), tower.embed(texts), tower.notices(texts))
+
+
+def _of_one_kind(seen: Sequence[Seen], size: int) -> list[list[int]]:
+    """Indices in groups of at most `size` that can be computed together: with as many tokens each."""
+    kinds: dict[int, list[int]] = {}
+    for index, each in enumerate(seen):
+        kinds.setdefault(len(each.tokens), []).append(index)
+    return [kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)]
+
+
+def _opened(image: Image) -> NDArray[np.uint8] | Picture:
+    """The picture of a path or of a file's bytes; others as they are."""
+    return read_picture(image) if isinstance(image, str | Path | bytes) else image
 
 
 def _check_batch_size(batch_size: int) -> None:

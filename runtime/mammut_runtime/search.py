@@ -19,15 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mammut_runtime.errors import InputError
-from mammut_runtime.index_file import (
-    Entry,
-    IndexFile,
-    IndexHeader,
-    is_index_file,
-    paths_size,
-    read_index_file,
-    write_index_file,
-)
+from mammut_runtime.index_file import Entry, IndexFile, is_index_file, read_index_file, write_index_file
+from mammut_runtime.index_rows import best_rows, check_model, header_for
 from mammut_runtime.model import BATCH, Model, Seen
 from mammut_runtime.pictures import Picture, read_picture
 from mammut_runtime.strict import to_dict
@@ -38,9 +31,6 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHECKPOINT_EVERY = 256
 """New pictures after which the file is written again; more for a large index (a 20th of it), so that writing stays a
 small part of the work."""
-MAX_HITS = 10_000
-_ROWS_AT_ONCE = 65_536
-"""Rows compared at once: bounds the memory of a search to some 100 MB however large the index."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +84,7 @@ class PictureIndex:
     def open(cls, path: Path, model: Model) -> PictureIndex:
         """Open an index. Raises InputError if it is no index, damaged, or was made with another model."""
         file = read_index_file(path)
-        _check_model(file, model)
+        check_model(file, model)
         return cls(file, model)
 
     def __len__(self) -> int:
@@ -112,17 +102,8 @@ class PictureIndex:
         query: words, a picture that the same model has seen, or an embedding float32[E] of unit length.
         Raises InputError for empty words, an embedding of another size, or a count that is not 1 to 10,000.
         """
-        if not 1 <= count <= MAX_HITS:
-            raise InputError(f"the number of hits must be from 1 to {MAX_HITS}, got {count}")
-        vector = self._vector(query)
-        scores, rows = np.empty(0, np.float32), np.empty(0, np.int64)
-        for begin in range(0, len(self), _ROWS_AT_ONCE):
-            block = self._embeddings[begin : begin + _ROWS_AT_ONCE] @ vector
-            scores = np.concatenate([scores, np.where(np.isfinite(block), block, -np.inf)])
-            rows = np.concatenate([rows, np.arange(begin, begin + len(block))])
-            order = np.argsort(-scores, kind="stable")[:count]
-            scores, rows = scores[order], rows[order]
-        return [Hit(self._file.entries[row].path, float(score)) for row, score in zip(rows, scores, strict=True)]
+        found = best_rows(self._embeddings, self._vector(query), count)
+        return [Hit(self._file.entries[row].path, score) for row, score in found]
 
     def _vector(self, query: str | Seen | Floats) -> Floats:
         if isinstance(query, str):
@@ -200,7 +181,7 @@ class _Draft:
             raise InputError(f"{index} is not a picture index and is left alone; give another file name")
         if index.exists() and not rebuild:
             self._file = read_index_file(index)
-            _check_model(self._file, model)
+            check_model(self._file, model)
             if self._file.header.folder != self._folder:
                 raise InputError(
                     f"{index} is an index of {self._file.header.folder}, not of {self._folder} (seen from the index); "
@@ -233,15 +214,7 @@ class _Draft:
         """Write the file if anything is new; afterwards everything is in it."""
         if not self._new and not self._dirty:
             return
-        header = IndexHeader(
-            1,
-            self._model.bundle.content_hash,
-            self._model.manifest.model.name,
-            self._folder,
-            self._model.manifest.model.embed_dim,
-            len(self.entries),
-            paths_size(self.entries),
-        )
+        header = header_for(self._model, self._folder, self.entries)
         write_index_file(self._path, header, self.entries, self._blocks())
         self._file = read_index_file(self._path)
         self._rows, self._new, self._dirty = list(range(len(self.entries))), [], False
@@ -307,16 +280,6 @@ def _seen_from(index: Path, folder: Path) -> str:
         return Path(os.path.relpath(target, origin)).as_posix()
     except ValueError:  # other drives on Windows
         return target.as_posix()
-
-
-def _check_model(file: IndexFile, model: Model) -> None:
-    if file.header.bundle != model.bundle.content_hash:
-        raise InputError(
-            f"{file.path} was made with another model ({file.header.model}, {file.header.bundle[:12]}; this one is "
-            f"{model.manifest.model.name}, {model.bundle.content_hash[:12]}); rebuild the index or load that bundle"
-        )
-    if file.header.embed_dim != model.manifest.model.embed_dim:
-        raise InputError(f"{file.path}: damaged index: {file.header.embed_dim} components; rebuild the index")
 
 
 def _reason(problem: Exception) -> str:

@@ -8,7 +8,8 @@ What a field accepts is its annotation: `int`, `float` (finite; an integer is ac
 `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`, another dataclass, `int | str`, and any of these (a key of a
 dict too) inside `Annotated[..., limit]` with the limits below. What depends on several fields belongs into the
 dataclass's `__post_init__`, which raises ValueError; the reader adds the path. Every key must be there, also those of
-fields that have a default: what a file does not say, its reader would have to guess.
+fields that have a default: what a file does not say, its reader would have to guess. The exception is
+`Annotated[..., Omissible()]`, for what files of earlier versions cannot say.
 """
 
 from __future__ import annotations
@@ -83,6 +84,15 @@ class Matching:
         return f"expected {self.meaning}, got {_shown(value)}"
 
 
+@dataclass(frozen=True)
+class Omissible:
+    """A key that may be left out, for a field with a default that means "there is none". Written only where the field
+    holds something else, so that files without it stay the same bytes."""
+
+    def problem(self, value: Any) -> str | None:
+        return None
+
+
 def from_dict(cls: type[T], data: object, where: str, error: type[MammutError], hint: str = "") -> T:
     """Build the dataclass `cls` from what `json.loads` gave.
 
@@ -101,7 +111,10 @@ def from_dict(cls: type[T], data: object, where: str, error: type[MammutError], 
 def to_dict(value: Any) -> Any:
     """The plain form of a dataclass: objects, lists, numbers, texts. `from_dict` of it gives an equal dataclass."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        omissible = _omissible(type(value))
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        kept = {name: each for name, each in fields.items() if name not in omissible or each != omissible[name]}
+        return {name: to_dict(each) for name, each in kept.items()}
     if isinstance(value, dict):
         return {key: to_dict(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -248,9 +261,10 @@ def _read_dataclass(cls: Any, value: Any, path: str, fail: _Fail) -> Any:
         if key not in kinds:
             fail(path, f"unknown key {_shown(key)}")
     for key in kinds:
-        if key not in value:
+        if key not in value and key not in _omissible(cls):
             fail(path, f"missing key {key!r}")
-    fields = {key: _read(kind, value[key], _joined(path, key), fail) for key, kind in kinds.items()}
+    given = {key: kind for key, kind in kinds.items() if key in value}
+    fields = {key: _read(kind, value[key], _joined(path, key), fail) for key, kind in given.items()}
     try:
         return cls(**fields)
     except (ValueError, MammutError) as problem:
@@ -262,6 +276,17 @@ def _field_kinds(cls: Any) -> dict[str, Any]:
     """Field name → resolved annotation, in the order of the fields."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _omissible(cls: Any) -> dict[str, Any]:
+    """Names and defaults of the fields whose key may be left out."""
+    kinds = _field_kinds(cls)
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(cls)
+        if any(isinstance(each, Omissible) for each in getattr(kinds[field.name], "__metadata__", ()))
+    }
 
 
 def _joined(path: str, key: str) -> str:

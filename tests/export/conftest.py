@@ -18,7 +18,8 @@ import torch
 from mammut.checkpoint import Checkpoint
 from mammut_export import onnx_graphs
 from mammut_export.contents import model_info
-from mammut_export.graphs import GRAPHS, TraceableGraph, traceable
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
+from mammut_export.graphs import TraceableGraph, traceable
 from mammut_runtime.manifest import graph_contract
 
 torch.set_num_threads(1)
@@ -43,25 +44,46 @@ def tiny(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
 
 
 @pytest.fixture(scope="session")
+def tiny_video(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The checkpoint of the committed bundle with a video graph: the same weights, and tubes."""
+    checkpoint: Checkpoint = maker.tiny_video_checkpoint(tmp_path_factory.mktemp("video-checkpoint"))
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
 def traced(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Graph → what onnx_graphs.to_onnx gives, as bytes with the weights inside. Test workers share one tracing."""
+    return _traces("pictures", tiny, GRAPHS, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def traced_video(
+    tiny_video: Checkpoint, traced: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """The same of the checkpoint with tubes. The picture's encoder and the text tower do not depend on them."""
+    return traced | _traces("video", tiny_video, ("video", "memory", "decoder"), tmp_path_factory)
+
+
+def _traces(
+    kind: str, checkpoint: Checkpoint, names: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if run is None:
-        return {name: _trace(tiny, name) for name in GRAPHS}
-    folder = tmp_path_factory.getbasetemp().parent / f"traced-{run}"
+        return {name: _trace(checkpoint, name, names) for name in names}
+    folder = tmp_path_factory.getbasetemp().parent / f"traced-{kind}-{run}"
     folder.mkdir(exist_ok=True)
-    for name in GRAPHS:
+    for name in names:
         try:
             (folder / f"{name}.lock").mkdir()
         except FileExistsError:
             continue  # another worker has it in hand
-        (folder / f"{name}.part").write_bytes(_trace(tiny, name))
+        (folder / f"{name}.part").write_bytes(_trace(checkpoint, name, names))
         (folder / f"{name}.part").rename(folder / name)
     deadline = time.monotonic() + 300
-    while not all((folder / name).exists() for name in GRAPHS):
+    while not all((folder / name).exists() for name in names):
         assert time.monotonic() < deadline, "the worker that traces has failed"
         time.sleep(0.2)
-    return {name: (folder / name).read_bytes() for name in GRAPHS}
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 @pytest.fixture
@@ -76,6 +98,16 @@ def traced_once(traced: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> No
 
     def recall(graph: TraceableGraph) -> ir.Model:
         return _model(traced[graph.name])
+
+    monkeypatch.setattr(onnx_graphs, "to_onnx", recall)
+
+
+@pytest.fixture
+def video_traced_once(traced_video: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with the tiny checkpoint that has tubes, for bundles with a video graph."""
+
+    def recall(graph: TraceableGraph) -> ir.Model:
+        return _model(traced_video[graph.name])
 
     monkeypatch.setattr(onnx_graphs, "to_onnx", recall)
 
@@ -100,9 +132,9 @@ def spoilt_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def _trace(checkpoint: Checkpoint, name: str) -> bytes:
-    contract = graph_contract(model_info(checkpoint), checkpoint.preprocess.size)
-    model = onnx_graphs.to_onnx(traceable(name, checkpoint.model, contract[name]))
+def _trace(checkpoint: Checkpoint, name: str, graphs: tuple[str, ...]) -> bytes:
+    contract = graph_contract(model_info(checkpoint, graphs), checkpoint.preprocess.size)
+    model = onnx_graphs.to_onnx(traceable(name, checkpoint, contract[name]))
     data: bytes = ir.serde.serialize_model(model).SerializeToString()
     return data
 

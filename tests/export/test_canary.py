@@ -11,7 +11,7 @@ from mammut.generate import greedy
 from mammut_export import canary as module
 from mammut_export.canary import make_canary
 from mammut_export.contents import text_rule
-from mammut_export.graphs import GRAPHS
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
 from mammut_export.weights import half_rounded
 from mammut_runtime.canary import canary_picture
 from mammut_runtime.preprocess import Preprocessor

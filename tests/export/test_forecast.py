@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from mammut import presets
 from mammut.checkpoint import Checkpoint
 from mammut_export.forecast import DEVICES, Band, Device, forecast, this_cpu
-from mammut_export.graphs import GRAPHS
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
 from mammut_export.plan import Plan, make_plan
 from mammut_runtime.errors import InputError
 from mammut_runtime.manifest import Scheme

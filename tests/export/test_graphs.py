@@ -7,34 +7,49 @@ from mammut.checkpoint import Checkpoint
 from mammut_export.contents import model_info
 from mammut_export.graphs import (
     GRAPHS,
+    PICTURE_GRAPHS,
     TASKS,
     TRACED_SIZES,
     flatten_pairs,
     graphs_for,
     pairs,
+    tasks_for,
     traceable,
     unit_and_norm,
 )
 from mammut_runtime.errors import InputError
 from mammut_runtime.manifest import graph_contract
 
+VIDEO = [("video", True), ("memory", True), ("decoder", True)]
+"""Graphs that a bundle with video has, or has differently."""
+
 
 def test_tasks_need_these_graphs() -> None:
     assert graphs_for(("caption",)) == graphs_for(("ask",)) == ("vision", "memory", "decoder")
     assert graphs_for(("search",)) == graphs_for(("match", "search")) == ("vision", "text")
+    assert graphs_for(("watch",)) == ("vision", "video")
     assert graphs_for(TASKS) == GRAPHS
 
 
-@pytest.mark.parametrize(("tasks", "message"), [((), "got none"), (("caption", "detect"), "got 'detect'")])
+def test_what_a_checkpoint_can_do(tiny: Checkpoint, tiny_video: Checkpoint) -> None:
+    assert graphs_for(tasks_for(tiny, None)) == PICTURE_GRAPHS
+    assert "watch" in tasks_for(tiny_video, None) and tasks_for(tiny_video, ("search",)) == ("search",)
+    with pytest.raises(InputError, match="'watch' cannot be exported: the checkpoint has no tubes; train it on clips"):
+        tasks_for(tiny, ("caption", "watch"))
+
+
+@pytest.mark.parametrize(("tasks", "message"), [((), "got none"), (("caption", "dance"), "got 'dance'")])
 def test_tasks_that_do_not_exist(tasks: tuple[str, ...], message: str) -> None:
-    with pytest.raises(InputError, match=f"expected one or more of caption, ask, match, search, {message}"):
+    with pytest.raises(InputError, match=f"expected one or more of caption, ask, .*{message}"):
         graphs_for(tasks)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_modules_keep_the_contract(tiny: Checkpoint, name: str) -> None:
-    info = graph_contract(model_info(tiny), tiny.preprocess.size)[name]
-    graph = traceable(name, tiny.model, info)
+@pytest.mark.parametrize(("name", "video"), [*((name, False) for name in PICTURE_GRAPHS), *VIDEO])
+def test_modules_keep_the_contract(tiny: Checkpoint, tiny_video: Checkpoint, name: str, video: bool) -> None:
+    checkpoint, graphs = (tiny_video, ("video",)) if video else (tiny, ())
+    info = graph_contract(model_info(checkpoint, graphs), tiny.preprocess.size)[name]
+    assert any("seen" in tensor.shape for tensor in info.inputs) == (video and name != "video")
+    graph = traceable(name, checkpoint, info)
     with torch.no_grad():
         outputs = graph.module(*graph.example())
     sizes = TRACED_SIZES | {"past+new": TRACED_SIZES["past"] + TRACED_SIZES["new"]}

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from mammut.checkpoint import Checkpoint
 from mammut_export import onnx_graphs
 from mammut_export.contents import model_info
-from mammut_export.graphs import GRAPHS, TRACED_SIZES
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
+from mammut_export.graphs import TRACED_SIZES
 from mammut_export.lattice import replay
 from mammut_runtime.engines import open_engine
 from mammut_runtime.engines.fake import FakeEngine
@@ -26,7 +27,7 @@ def test_every_shape_gives_the_cores_numbers(
     info = graph_contract(model_info(tiny), tiny.preprocess.size)[name]
     engine = open_engine(tmp_path / "graph.onnx", "onnxruntime")
     labels = []
-    for label, got, wanted in replay(name, tiny.model, info, engine):
+    for label, got, wanted in replay(name, tiny, info, engine):
         labels.append(label)
         assert got.keys() == wanted.keys()
         for key, value in wanted.items():
@@ -58,7 +59,7 @@ def test_texts_have_pads_but_never_only_pads(tiny: Checkpoint) -> None:
 def _feeds(tiny: Checkpoint, name: str) -> list[dict[str, NDArray[Any]]]:
     info = graph_contract(model_info(tiny), tiny.preprocess.size)[name]
     engine = FakeEngine(lambda feeds: {})
-    assert list(replay(name, tiny.model, info, engine))
+    assert list(replay(name, tiny, info, engine))
     return engine.calls
 
 

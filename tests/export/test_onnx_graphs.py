@@ -12,7 +12,8 @@ import torch
 from mammut.checkpoint import Checkpoint
 from mammut_export import onnx_graphs
 from mammut_export.contents import model_info
-from mammut_export.graphs import GRAPHS, traceable
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
+from mammut_export.graphs import traceable
 from mammut_runtime.errors import EngineError
 from mammut_runtime.manifest import graph_contract
 
@@ -63,7 +64,7 @@ def test_matrices_have_one_layout(models: dict[str, ir.Model]) -> None:
 
 def test_tracing_twice_gives_the_same_bytes(tiny: Checkpoint, traced: dict[str, bytes]) -> None:
     info = graph_contract(model_info(tiny), tiny.preprocess.size)["memory"]
-    again = ir.serde.serialize_model(onnx_graphs.to_onnx(traceable("memory", tiny.model, info))).SerializeToString()
+    again = ir.serde.serialize_model(onnx_graphs.to_onnx(traceable("memory", tiny, info))).SerializeToString()
     assert again == traced["memory"]
 
 
@@ -91,7 +92,7 @@ def test_other_operators_are_refused(opset: int, domain: str, operator: str, mes
 def test_a_graph_with_other_names_is_refused(models: dict[str, ir.Model], tiny: Checkpoint) -> None:
     contract = graph_contract(model_info(tiny), tiny.preprocess.size)
     with pytest.raises(EngineError, match=r"expected tensors \['tokens'\], got \['ids'\]"):
-        onnx_graphs._check_contract(models["text"], traceable("memory", tiny.model, contract["memory"]))
+        onnx_graphs._check_contract(models["text"], traceable("memory", tiny, contract["memory"]))
 
 
 def test_a_damaged_graph_is_refused(models: dict[str, ir.Model], tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_the_exporter_says_nothing(capfd: pytest.CaptureFixture[str], tiny: Chec
 
     before = logging.getLogger("torch.onnx").level
     info = graph_contract(model_info(tiny), tiny.preprocess.size)["memory"]
-    onnx_graphs.to_onnx(traceable("memory", tiny.model, info))
+    onnx_graphs.to_onnx(traceable("memory", tiny, info))
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""
     assert logging.getLogger("torch.onnx").level == before

@@ -8,7 +8,7 @@ import torch
 from mammut import presets
 from mammut.config import MammutConfig
 from mammut.model import Mammut
-from mammut_export.graphs import GRAPHS
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
 from mammut_export.plan import (
     describe,
     make_plan,

@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 def test_embeddings_of_photos_stay_where_they_are(tmp_path):
     checkpoint = load_checkpoint("demo")
     info = graph_contract(model_info(checkpoint), checkpoint.preprocess.size)["vision"]
-    model = onnx_graphs.to_onnx(traceable("vision", checkpoint.model, info))
+    model = onnx_graphs.to_onnx(traceable("vision", checkpoint, info))
     traced = ir.serde.serialize_model(model)
     reference = written(tmp_path / "fp32", traced, None, "onnxruntime", {})
     preprocess = Preprocessor(checkpoint.preprocess)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mammut_export import report
-from mammut_export.graphs import GRAPHS
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
 from mammut_export.parity import CaptionParity, OutputParity, Parity, Timing
 from mammut_export.plan import make_plan
 from mammut_export.samples import Sample

@@ -23,7 +23,7 @@ from mammut_calibration.feeds import Feeds
 from mammut_calibration.observe import ObservedEngine
 from mammut_calibration.statistics import Range
 from mammut_export.contents import complete, text_rule, write_graphs
-from mammut_export.graphs import GRAPHS
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
 from mammut_export.profiles import profiles_for
 from mammut_export.quantize import quantize_graph
 from mammut_export.range_audit import audit, drawn_feeds

@@ -11,7 +11,7 @@ import pytest
 
 from mammut.checkpoint import Checkpoint
 from mammut_export.export import export
-from mammut_export.graphs import GRAPHS
+from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
 from mammut_export.options import ExportOptions
 from mammut_runtime.bundle import Bundle
 from mammut_runtime.model import Model

@@ -131,7 +131,7 @@ def test_equal_runs_are_equal(run: Run, tar: Path, tmp_path: Path) -> None:
         (["--task", "classify", "--images", "SET", "--split", "val", "--templates", "gone"], "--templates: expected"),
         (["--task", "vqa", "--images", "SET", "--json", "gone/r.json"], "expected a file in a folder that is there"),
         (["--task", "dance", "--images", "SET"], "'dance' is not one of"),
-        (["--task", "caption"], "Missing option '--images'"),
+        (["--task", "caption"], "--images: caption needs pictures"),
     ],
 )
 def test_what_is_wrong_is_one_line(run: Run, tar: Path, arguments: list[str], message: str) -> None:

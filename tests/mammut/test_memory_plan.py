@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -50,6 +52,17 @@ def test_recomputation_and_batch_size_act_as_they_should() -> None:
     # Linear, once the vocabulary's logits come in parts.
     growth = activations(False, 160) - activations(False, 128)
     assert growth == pytest.approx(activations(False, 192) - activations(False, 160), rel=0.05)
+
+
+def test_both_losses_can_be_planned() -> None:
+    """Fake tensors have no values, so nothing may choose rows by them."""
+    plans = {
+        kind: plan_memory(
+            dataclasses.replace(tiny(), contrastive=kind), OBJECTIVE, ParallelOptions(), devices=1, batch_size=8
+        )  # type: ignore[arg-type]
+        for kind in ("focal", "infonce")
+    }
+    assert plans["infonce"].activation_bytes == pytest.approx(plans["focal"].activation_bytes, rel=0.1)
 
 
 def test_the_papers_model() -> None:

@@ -147,7 +147,8 @@ def test_rows_that_cannot_be_used_say_why(reading: Reading, row: dict[str, Any],
     from mammut.data.pair_loader import _Growing
 
     with pytest.raises(InputError, match=message):
-        ExampleMaker(reading).add(_Growing(), Raw("a", b"", row, ""), np.random.default_rng(0))
+        sample, source = Raw("a", b"", row, ""), Source((), "photo", 1.0)
+        ExampleMaker(reading).add(_Growing(), sample, np.random.default_rng(0), source)
 
 
 def test_questions_and_captions_mixed_and_equal_texts_once(
@@ -190,6 +191,65 @@ def test_each_kind_is_augmented_its_own_way(small_run: Any, tmp_path: Path, writ
     assert first.pixels.shape == (16, 3, 32, 32) and torch.equal(first.pixels, again.pixels)
     drawings = first.pixels[first.keys == text_key("nothing")].float()
     assert 3 <= len(drawings) <= 13 and float(drawings.mean(dim=(1, 2, 3)).std()) > 5  # not all black
+
+
+@pytest.fixture
+def drawings(tmp_path: Path, write_tar: Any) -> Path:
+    """A tar of three things, each of one colour."""
+    samples = []
+    for number, name in enumerate(("owl", "red key", "bus")):
+        pixels = np.full((20, 20, 4), 255, np.uint8)
+        pixels[:, :, number] = 0
+        samples.append({"key": name, "png": cv2.imencode(".png", pixels)[1].tobytes(), "json": {"caption": name}})
+    write_tar(tmp_path / "drawings.tar", samples)
+    return tmp_path / "drawings.tar"
+
+
+def test_scenes_are_composed_anew_each_time(reading: Reading, drawings: Path) -> None:
+    files = reading.options.sources[0].files
+    source = Source(files, "scene", 1.0, question_share=0.0, drawings=(str(drawings),))
+    own = with_options(reading, sources=(source,), augment=AugmentOptions(), question_share=1.0)  # the source's counts
+    loader, maker = open_loader(own, LoaderState.beginning(own.options)), ExampleMaker(own)
+    batches = list(itertools.islice(loader, 20))
+    again = next(open_loader(own, LoaderState.beginning(own.options)))
+    assert torch.equal(batches[0].pixels, again.pixels) and torch.equal(batches[0].ids, again.ids)
+    captions = {
+        maker.tokenizer.decode(targets[counted].tolist()[:-1])
+        for batch in batches
+        for targets, counted in zip(batch.targets, batch.counted, strict=True)
+    }
+    assert len(captions) > 10 and all("owl" in c or "key" in c or "bus" in c for c in captions)
+
+
+def test_scenes_need_drawings_and_others_do_not(drawings: Path) -> None:
+    with pytest.raises(InputError, match="expected tars of what is placed"):
+        Source(("a.tar",), "scene", 1.0)
+    with pytest.raises(InputError, match="expected none for kind 'photo'"):
+        Source(("a.tar",), "photo", 1.0, drawings=(str(drawings),))
+
+
+@pytest.mark.parametrize("mixing", ["batches", "samples"])
+def test_a_batch_may_be_of_one_source(reading: Reading, small_run: Any, mixing: str) -> None:
+    """Also where samples are damaged; and a loader that goes on in the middle gives the same batches."""
+    shards = [str(path) for path in small_run.shards]
+    sources = tuple(Source((path,), "photo", 1.0) for path in shards[:2])
+    own = dataclasses.replace(
+        with_options(reading, sources=sources, mixing=mixing), sources=tuple((path,) for path in shards[:2])
+    )
+    batches = list(itertools.islice(open_loader(own, LoaderState.beginning(own.options)), 30))
+    numbers = [{int(maker_text.split()[-1]) // 12 for maker_text in texts_of(own, batch)} for batch in batches]
+    assert all(len(each) == 1 for each in numbers) == (mixing == "batches")
+    assert set().union(*numbers) == {0, 1}
+    state = LoaderState.beginning(own.options)
+    for batch in batches[:7]:
+        state = state.after(batch)
+    assert torch.equal(next(open_loader(own, state)).ids, batches[7].ids)
+
+
+def texts_of(reading: Reading, batch: Any) -> list[str]:
+    tokenizer = ExampleMaker(reading).tokenizer
+    rows = zip(batch.targets, batch.counted, strict=True)
+    return [tokenizer.decode(targets[counted].tolist()[:-1]) for targets, counted in rows]
 
 
 def test_pixels_are_normalised_on_the_device(reading: Reading) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mammut.data.shards import Drawn, Mixed, Part, Position, Standing, deal, expand, file_sizes, mixed, stream
+from mammut.data.shards import Drawn, Mixed, Mixture, Part, Position, Standing, deal, expand, file_sizes, stream
 from mammut_runtime.errors import InputError
 
 
@@ -97,7 +97,8 @@ def test_one_tar_for_several_workers_is_cut(parts: list[Part]) -> None:
 
 def test_sources_are_mixed_by_weight_and_resumed_anywhere(parts: list[Part]) -> None:
     def draw(number: int, start: Standing) -> list[Mixed]:
-        return list(itertools.islice(mixed([parts[:2], parts[2:]], [3.0, 1.0], start, 7, 5), number))
+        mixture = Mixture([parts[:2], parts[2:]], [3.0, 1.0], start, 7, 5)
+        return [mixture.draw() for _ in range(number)]
 
     begin = Standing((Position(), Position()))
     whole = draw(400, begin)

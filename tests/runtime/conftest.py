@@ -38,7 +38,7 @@ Arrays = dict[str, NDArray[Any]]
 TINY = Path(__file__).parents[1] / "data" / "tiny-bundle"
 TARGETS = ("onnxruntime", "openvino")
 """Engines that run on any processor."""
-LAYERS, HEADS, WIDTH, TOKENS = 2, 2, 4, 3
+LAYERS, HEADS, WIDTH, TOKENS, CLIP_TOKENS = 2, 2, 4, 3, 5
 
 
 @dataclass
@@ -77,9 +77,9 @@ class Toy:
         """A fresh decoder for pictures of these numbers."""
         return CachedDecoder(self.engine, self.cross(pictures), CacheShape(LAYERS, HEADS, WIDTH))
 
-    def cross(self, pictures: Sequence[float]) -> Arrays:
+    def cross(self, pictures: Sequence[float], tokens: int = TOKENS) -> Arrays:
         numbers = np.array(pictures, np.float32)[:, None, None, None]
-        whole = np.broadcast_to(numbers, (len(pictures), HEADS, TOKENS, WIDTH)).astype(np.float32)
+        whole = np.broadcast_to(numbers, (len(pictures), HEADS, tokens, WIDTH)).astype(np.float32)
         return {"cross_k.0": whole, "cross_v.0": -whole}
 
     def _run(self, feeds: Arrays) -> Arrays:
@@ -133,7 +133,10 @@ def unit(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
 class ToyBundle:
     """A folder that opens as a bundle, and functions for its graphs."""
 
-    def __init__(self, folder: Path, similarity: str = "softmax", text_length: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, similarity: str = "softmax", text_length: int | None = None, frames: int = 0
+    ) -> None:
+        """frames: that its video graph takes; 0: it has none."""
         self.folder, self.opened = folder, list[str]()
         tokens, merges = _vocabulary()
         self.toy = Toy(len(tokens), seed=1, scale=3.0)
@@ -142,14 +145,16 @@ class ToyBundle:
         self._words = source.standard_normal((len(tokens), EMBED))
         self.engines = {
             "vision": FakeEngine(self._vision),
+            "video": FakeEngine(self._video),
             "text": FakeEngine(self._text),
             "memory": FakeEngine(self._memory),
             "decoder": self.toy.engine,
         }
         folder.mkdir()
         model = ModelInfo(
-            "toy", TOKENS, IMAGE_WIDTH, EMBED, WIDTH * HEADS, LAYERS, 1, HEADS, len(tokens), 99, 10.0, -2.0, similarity
-        )  # type: ignore[arg-type]
+            "toy", TOKENS, IMAGE_WIDTH, EMBED, WIDTH * HEADS, LAYERS, 1, HEADS, len(tokens), 99, 10.0, -2.0, similarity,
+            frames, CLIP_TOKENS if frames else 0,
+        )  # type: ignore[arg-type]  # fmt: skip
         self.start_id, self.end_id = len(tokens) - 2, len(tokens) - 1
         text = TextRule(
             24, 12, text_length, 0, self.start_id, self.end_id, text_length is None,
@@ -163,11 +168,19 @@ class ToyBundle:
         (folder / "tokenizer.json").write_bytes(pack_tokenizer(tokens, merges))
         row = [self.start_id, 97, self.end_id]
         row += [0] * ((text_length or len(row)) - len(row))
-        canary = Canary(3, tuple(row), (0.0,) * EMBED, (0.0,) * EMBED, (), 1e-5)
+        nothing = (0.0,) * EMBED
+        canary = Canary(3, tuple(row), nothing, nothing, (), 1e-5, clip_embedding=nothing if frames else ())
         self._write(model, text, rule, graphs, canary)
-        embedding, text_embedding, caption = self.model().canary_answers(canary)
-        assert embedding is not None and text_embedding is not None and caption is not None
-        canary = Canary(3, canary.ids, tuple(embedding.tolist()), tuple(text_embedding.tolist()), caption, 1e-5)
+        answers = self.model().canary_answers(canary)
+        assert answers.embedding is not None and answers.text_embedding is not None
+        assert answers.caption_ids is not None
+        canary = dataclasses.replace(
+            canary,
+            embedding=tuple(answers.embedding.tolist()),
+            text_embedding=tuple(answers.text_embedding.tolist()),
+            caption_ids=answers.caption_ids,
+            clip_embedding=() if answers.clip_embedding is None else tuple(answers.clip_embedding.tolist()),
+        )
         self._write(model, text, rule, graphs, canary)
 
     def _write(self, model: ModelInfo, text: TextRule, rule: PreprocessRule, graphs: Any, canary: Canary) -> None:
@@ -209,7 +222,16 @@ class ToyBundle:
         return {"tokens": tokens, "embedding": unit(mean @ self._image)}
 
     def _memory(self, feeds: Arrays) -> Arrays:
-        return self.toy.cross([float(each) for each in feeds["tokens"][:, 0, 0]])
+        return self.toy.cross([float(each) for each in feeds["tokens"][:, 0, 0]], feeds["tokens"].shape[1])
+
+    def _video(self, feeds: Arrays) -> Arrays:
+        """Frames count the more the later they come."""
+        frames = feeds["frames"]
+        assert frames.dtype == np.float32 and frames.shape[2:] == (3, SIZE, SIZE)
+        weights = np.arange(1, frames.shape[1] + 1, dtype=np.float32)
+        mixed = np.tensordot(frames, weights / weights.sum(), axes=([1], [0])).astype(np.float32)
+        found = self._vision({"pixels": mixed})
+        return found | {"tokens": np.repeat(found["tokens"][:, :1], CLIP_TOKENS, axis=1)}
 
     def _text(self, feeds: Arrays) -> Arrays:
         ids = feeds["ids"]

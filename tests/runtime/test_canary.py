@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mammut_runtime.canary import canary_picture, compare
+from mammut_runtime.canary import CanaryAnswers, canary_picture, compare
 from mammut_runtime.manifest import Canary
 
 FIRST_PIXELS = [[85, 9, 34], [83, 20, 36]]
@@ -72,12 +72,12 @@ TEXT = _vector(0.0, 1.0, 0.0)
 
 
 def test_a_replay_within_the_tolerance() -> None:
-    result = compare(EXPECTED, GOOD, TEXT, [5, 6])
+    result = compare(EXPECTED, CanaryAnswers(GOOD, TEXT, (5, 6)))
     assert result.ok
     assert result.worst_error == pytest.approx(5e-5, rel=1e-3)
     assert result.message == "canary reproduced: worst error 5e-05, tolerance 0.0001"
-    assert compare(EXPECTED, None, TEXT, None).ok
-    assert compare(EXPECTED, None, None, (5, 6)).ok
+    assert compare(EXPECTED, CanaryAnswers(text_embedding=TEXT)).ok
+    assert compare(EXPECTED, CanaryAnswers(caption_ids=(5, 6))).ok
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_replay_within_the_tolerance() -> None:
 def test_a_replay_that_differs(
     embedding: NDArray[np.float32] | None, text: NDArray[np.float32] | None, ids: list[int] | None, message: str
 ) -> None:
-    result = compare(EXPECTED, embedding, text, ids)
+    result = compare(EXPECTED, CanaryAnswers(embedding, text, None if ids is None else tuple(ids)))
     assert not result.ok
     assert not np.isnan(result.worst_error)
     assert re.search(message, result.message)

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mammut_runtime import search
+from mammut_runtime import index_rows
 from mammut_runtime.bundle import write_manifest
 from mammut_runtime.errors import InputError
 from mammut_runtime.search import Hit, IndexUpdate, PictureIndex, update_index
@@ -63,7 +63,7 @@ def test_large_indexes_are_searched_in_blocks(
     update_index(model, photos, tmp_path / "i")
     index = PictureIndex.open(tmp_path / "i", model)
     expected = index.search("a bird", 4)
-    monkeypatch.setattr(search, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(index_rows, "_ROWS_AT_ONCE", 5)
     found = index.search("a bird", 4)
     assert [hit.path for hit in found] == [hit.path for hit in expected]
     assert [hit.score for hit in found] == pytest.approx([hit.score for hit in expected], abs=1e-6)
@@ -142,14 +142,14 @@ def test_one_unusable_picture_does_not_spoil_its_batch(
 ) -> None:
     """It can be read, but the preprocessor refuses it."""
     model = toy_bundle.model()
-    real = model._pixels
+    real = model._preprocessor
 
-    def pixels(image: Any, color: Any) -> Any:
+    def preprocessor(image: Any, color: Any) -> Any:
         if image.name.endswith("6.png"):
             raise InputError("too odd")
-        return real(image, color)
+        return real(image, color=color)
 
-    monkeypatch.setattr(model, "_pixels", pixels)
+    monkeypatch.setattr(model, "_preprocessor", preprocessor)
     done = update_index(model, photos, tmp_path / "i")
     assert done.pictures == 11 and [(each.path, each.reason) for each in done.skipped] == [("6.png", "too odd")]
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mammut_runtime.errors import BundleError, CheckpointError
-from mammut_runtime.strict import Between, Length, Matching, from_dict, parse_json, to_dict, to_json
+from mammut_runtime.strict import Between, Length, Matching, Omissible, from_dict, parse_json, to_dict, to_json
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,24 @@ def test_a_key_with_a_default_must_be_there() -> None:
     del data["default"]
     with pytest.raises(BundleError, match="file: missing key 'default'"):
         from_dict(Whole, data, "file", BundleError)
+
+
+@dataclass(frozen=True)
+class Newer:
+    old: int
+    new: Annotated[Part | None, Omissible()] = None
+
+
+def test_a_key_of_a_newer_version_may_be_left_out() -> None:
+    assert from_dict(Newer, {"old": 1}, "file", BundleError) == Newer(1)
+    assert from_dict(Newer, {"old": 1, "new": None}, "file", BundleError) == Newer(1)
+    assert to_dict(Newer(1)) == {"old": 1}
+    part = from_dict(Whole, valid(), "file", BundleError).part
+    assert from_dict(Newer, to_dict(Newer(1, part)), "file", BundleError) == Newer(1, part)
+    with pytest.raises(BundleError, match="file: missing key 'old'"):  # control: only where it is said
+        from_dict(Newer, {}, "file", BundleError)
+    with pytest.raises(BundleError, match="file: new: expected an object, got 3"):
+        from_dict(Newer, {"old": 1, "new": 3}, "file", BundleError)
 
 
 def test_an_annotation_it_does_not_know_is_a_mistake_in_the_program() -> None:

@@ -205,7 +205,7 @@ def test_a_journal_has_one_writer(model: Model, tmp_path: Path) -> None:
     write_subtitles(model, job, tmp_path / "out", NEVER)
     path = tmp_path / "out" / subtitles.JOURNAL_FOLDER / "a.journal"
     header = subtitles.JournalHeader(
-        1, subtitles.identify(job.clip), model.bundle.content_hash, subtitles.settings_hash(NEVER)
+        1, subtitles.identify(job.clip), model.bundle.content_hash, subtitles.settings_hash(model, NEVER)
     )
     with Journal.open(path, header), pytest.raises(InputError, match="another run"):
         write_subtitles(model, job, tmp_path / "out", NEVER)

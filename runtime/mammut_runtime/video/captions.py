@@ -26,6 +26,7 @@ from mammut_runtime.video.scenes import Scene, SceneRule, scenes
 T = TypeVar("T")
 
 _SCENES_AHEAD = 2
+_FRAMES_AS_PICTURES = 3
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class VideoCaptionOptions:
     """How a clip is captioned. Raises InputError for values out of range."""
 
     scenes: SceneRule = field(default_factory=SceneRule)
-    frames_per_scene: int = 3
-    """Frames of a scene that are encoded, spread evenly; the most central one is described."""
+    frames_per_scene: int | None = None
+    """Frames of a scene that are looked at, spread evenly. None: as many as the bundle's `video` graph takes; without
+    that graph 3, of which the most central one is described."""
     caption: CaptionOptions = field(default_factory=CaptionOptions)
     merge: MergeRule = field(default_factory=MergeRule)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.frames_per_scene <= MAX_FRAMES:
+        if self.frames_per_scene is not None and not 1 <= self.frames_per_scene <= MAX_FRAMES:
             raise InputError(f"frames_per_scene must be from 1 to {MAX_FRAMES}, got {self.frames_per_scene}")
 
 
@@ -76,7 +78,8 @@ def caption_scenes(
     known: cues of the first scenes, made before with the same clip, bundle and options; they are not computed again.
     Raises InputError if they are of other scenes.
     """
-    found = scenes(clip, options.scenes, options.frames_per_scene, start_s, end_s)
+    count = frames_per_scene(model, options)
+    found = scenes(clip, options.scenes, count, start_s, end_s, most_side=held_side(model))
     other = InputError(
         f"{clip.info.path}: its scenes are not those that were captioned before; begin anew with --overwrite"
     )
@@ -91,6 +94,19 @@ def caption_scenes(
             raise other
     if count < len(known):
         raise other
+
+
+def frames_per_scene(model: Model, options: VideoCaptionOptions) -> int:
+    """How many frames of a scene are looked at with these options."""
+    if options.frames_per_scene is not None:
+        return options.frames_per_scene
+    return model.manifest.model.video_frames if model.watches else _FRAMES_AS_PICTURES
+
+
+def held_side(model: Model) -> int | None:
+    """What `scenes` takes as `most_side`: where a model looks at many frames of a scene at once, whole ones would take
+    gigabytes. None where it looks at a few, each like a photo."""
+    return 4 * model.manifest.preprocess.size if model.watches else None
 
 
 def describe(model: Model, scene: Scene, options: CaptionOptions) -> Cue:
@@ -162,4 +178,4 @@ def ahead(items: Iterator[T], count: int) -> Iterator[T]:
         thread.join()
 
 
-__all__ = ["VideoCaptionOptions", "ahead", "caption_scenes", "caption_video", "describe"]
+__all__ = ["VideoCaptionOptions", "ahead", "caption_scenes", "caption_video", "describe", "frames_per_scene"]

@@ -7,6 +7,7 @@ others are done. What concerns all clips, such as a full disk, ends it at once; 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def scene_options(command: Function) -> Function:
         ),
         click.option("--shortest-scene", type=float, default=0.5, help="Cuts sooner than this are none. Default: 0.5."),
         click.option("--cut-difference", type=float, default=24.0, help="Change that is a cut, 0-255. Default: 24."),
-        click.option("--frames", type=int, default=3, help="Frames of a scene that are encoded. Default: 3."),
+        click.option(
+            "--frames", type=int, help="Frames of a scene. Default: what the video graph takes; 3 without one."
+        ),
         click.option(
             "--merge-likeness", type=float, default=0.75, help="Share of words in common; 2: never. Default: .75."
         ),
@@ -54,6 +57,12 @@ def scene_options(command: Function) -> Function:
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the subtitles."
 )
 @click.option("--overwrite", is_flag=True, help="Begin anew and replace what is there.")
+@click.option(
+    "--ray",
+    "ray_address",
+    metavar="ADDRESS|local",
+    help="Share the clips over a Ray cluster, or over this machine's cores. Each worker takes --threads cores; 0: one.",
+)
 @scene_options
 @generation_options
 @click.option("--prompt", help="Text that captions continue. Default: the bundle's own.")
@@ -64,10 +73,11 @@ def caption_video(
     clips: Sequence[str],
     out: Path,
     overwrite: bool,
+    ray_address: str | None,
     longest_scene: float,
     shortest_scene: float,
     cut_difference: float,
-    frames: int,
+    frames: int | None,
     merge_likeness: float,
     options: CaptionOptions,
     prompt: str | None,
@@ -90,33 +100,56 @@ def caption_video(
         MergeRule(likeness=merge_likeness),
     )
     jobs = jobs_of(clips)
-    with settings.load() as model:
-        run = ClipRun(jobs, as_json)
-        with run.progress:
-            for job in jobs:
-                try:
-                    done = write_subtitles(model, job, out, whole, overwrite=overwrite, progress=run.at)
-                except InputError as problem:
-                    run.failed(job, problem)
-                else:
-                    run.done(job, done)
+    run = ClipRun(jobs, as_json)
+    with run.progress:
+        if ray_address is None:
+            _caption_here(run, settings, out, whole, overwrite)
+        else:
+            _caption_on_cluster(run, ray_address, settings, out, whole, overwrite)
     return run.exit_code()
+
+
+def _caption_here(
+    run: ClipRun, settings: ModelSettings, out: Path, options: VideoCaptionOptions, overwrite: bool
+) -> None:
+    with settings.load() as model:
+        for job in run.jobs:
+            at = functools.partial(run.at, job)
+            try:
+                done = write_subtitles(model, job, out, options, overwrite=overwrite, progress=at)
+            except InputError as problem:
+                run.failed(job, problem)
+            else:
+                run.done(job, done)
+
+
+def _caption_on_cluster(
+    run: ClipRun, address: str, settings: ModelSettings, out: Path, options: VideoCaptionOptions, overwrite: bool
+) -> None:
+    from mammut_runtime.video import cluster
+
+    model = cluster.WorkerModel.of(settings.existing(), settings.engine, settings.preprocess)
+    with cluster.connected(address, model.engine.threads, lambda text: console.note(f"note: {text}")) as ray:
+        for each in cluster.caption_clips(ray, model, run.jobs, out, options, overwrite):
+            if each.written is not None:
+                run.done(each.job, each.written)
+            elif each.problem is not None:
+                run.failed(each.job, each.problem)
 
 
 class ClipRun:
     """What a run over clips shows: a bar in seconds of video with the time left, results, failures."""
 
     def __init__(self, jobs: Sequence[Job], as_json: bool) -> None:
-        self._as_json = as_json
-        self._lengths = [announced_s(job.clip) for job in jobs]
-        self.progress = console.Progress("seconds of video", max(1, round(sum(self._lengths))))
-        self._number = self._failed = 0
+        self.jobs, self._as_json = jobs, as_json
+        self._length_s = {job: announced_s(job.clip) for job in jobs}
+        self.progress = console.Progress("seconds of video", max(1, round(sum(self._length_s.values()))))
+        self._done_s = 0.0
+        self._over = self._failed = 0
 
-    def at(self, time_s: float) -> None:
+    def at(self, job: Job, time_s: float) -> None:
         """The clip at work has come so far."""
-        before = sum(self._lengths[: self._number])
-        this = self._lengths[self._number]
-        self.progress(round(before + min(time_s, this)), note=f"clip {self._number + 1}/{len(self._lengths)}")
+        self._show(min(time_s, self._length_s[job]))
 
     def done(self, job: Job, written: Subtitles) -> None:
         """Show what was written."""
@@ -131,7 +164,7 @@ class ClipRun:
         if health:
             self.progress.clear()
             console.note(f"note: {job.clip}: {health}")
-        self._number += 1
+        self._end(job)
 
     def failed(self, job: Job, problem: InputError) -> None:
         """Report a clip that cannot be used."""
@@ -140,13 +173,22 @@ class ClipRun:
         console.note(f"error: {console.error_line(problem)}")
         if self._as_json:
             self.progress.print(console.json_line({"clip": str(job.clip), "error": console.error_line(problem)}))
-        self._number += 1
+        self._end(job)
 
     def exit_code(self) -> int:
         """0, or 2 after a note if clips failed."""
         if self._failed:
-            console.note(f"{self._failed} of {self._number} clips could not be used")
+            console.note(f"{self._failed} of {len(self.jobs)} clips could not be used")
         return console.EXIT_USAGE if self._failed else 0
+
+    def _end(self, job: Job) -> None:
+        self._over += 1
+        self._done_s += self._length_s[job]
+        self._show(0.0)
+
+    def _show(self, within_s: float) -> None:
+        number = min(self._over + 1, len(self.jobs))
+        self.progress(round(self._done_s + within_s), note=f"clip {number}/{len(self.jobs)}")
 
 
 @click.command("ask-video")
@@ -154,7 +196,7 @@ class ClipRun:
 @click.argument("question")
 @click.option("--from", "start_s", type=float, default=0.0, help="Seconds from the start. Default: 0.")
 @click.option("--to", "end_s", type=float, help="Seconds from the start. Default: the end.")
-@click.option("--frames", type=int, default=8, help="Frames that are encoded. Default: 8.")
+@click.option("--frames", type=int, help="Frames. Default: what the video graph takes; 8 without one.")
 @click.option("--candidates", help="Possible answers, separated by commas, or @FILE with one a line.")
 @generation_options
 @json_option
@@ -165,7 +207,7 @@ def ask_video(
     question: str,
     start_s: float,
     end_s: float | None,
-    frames: int,
+    frames: int | None,
     candidates: str | None,
     options: CaptionOptions,
     as_json: bool,
@@ -176,17 +218,20 @@ def ask_video(
     if choices is not None and options != CaptionOptions():
         raise InputError("the options of generation are for free answers; leave them out with --candidates")
     with settings.load() as model:
-        seen = model.encode_video(clip, start_s, end_s, Budget(frames=frames))
+        seen = model.encode_video(clip, start_s, end_s, None if frames is None else Budget(frames))
         answer = seen.ask(question, choices, options if choices is None else None)
     if seen.health is not None and (problem := health_note(seen.health)):
         console.note(f"note: {clip}: {problem}")
     if as_json:
-        console.echo_json({"clip": str(clip), **answer.to_dict(), "sampling": seen.sampling.to_dict()})
+        sampling = {"way": seen.way, **seen.sampling.to_dict()}
+        console.echo_json({"clip": str(clip), **answer.to_dict(), "sampling": sampling})
         return
     share = f" ({answer.candidates[0].probability:.2f})" if answer.candidates else ""
     click.echo(console.printable(f"{answer.text}{share}"))
     times = ", ".join(f"{each.time_s:.1f}" for each in seen.sampling.frames)
-    console.note(f"note: frames at {times} s; described: {seen.sampling.frames[seen.sampling.central].time_s:.1f} s")
+    central = seen.sampling.frames[seen.sampling.central]
+    how = "seen together" if seen.way == "video" else f"described: {central.time_s:.1f} s"
+    console.note(f"note: frames at {times} s; {how}")
 
 
 @click.command("find-video")

@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from mammut_runtime.errors import InputError
-from mammut_runtime.strict import Between, Length
+from mammut_runtime.strict import Between, Length, from_dict, parse_json
 from mammut_runtime.video.sampler import FrameRef
 
 Milliseconds = Annotated[int, Between(0, 10**10)]
@@ -143,6 +144,28 @@ def vtt(cue: Cue) -> str:
 def json_line(cue: Cue, bundle: str) -> str:
     """A cue as a line of JSON, with the bundle's hash."""
     return json.dumps({**cue.to_dict(), "bundle": bundle}, allow_nan=False) + "\n"
+
+
+def read_cues(path: Path) -> Iterator[Cue]:
+    """The cues of a .jsonl file, as `json_line` wrote them; times of frames are whole milliseconds there.
+
+    Raises InputError for a file that cannot be read, or has other lines.
+    """
+    hint = "expected the .jsonl file that caption-video wrote"
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                value = parse_json(line, where, InputError)
+                try:
+                    plain = dict(value)  # type: ignore[call-overload]
+                    del plain["bundle"]
+                    times = {f"{end}_ms": round(1000 * plain.pop(f"{end}_s")) for end in ("start", "end")}
+                except (TypeError, ValueError, KeyError, OverflowError) as problem:
+                    raise InputError(f"{where}: no cue; {hint}") from problem
+                yield from_dict(Cue, times | plain, where, InputError, hint)
+    except OSError as problem:
+        raise InputError(f"{path}: cannot be read ({problem.strerror or problem}); {hint}") from problem
 
 
 def _one_line(text: str) -> str:

@@ -20,17 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mammut_runtime.errors import InputError
-from mammut_runtime.index_file import (
-    Entry,
-    IndexFile,
-    IndexHeader,
-    is_index_file,
-    paths_size,
-    read_index_file,
-    write_index_file,
-)
+from mammut_runtime.index_file import Entry, IndexFile, is_index_file, read_index_file, write_index_file
+from mammut_runtime.index_rows import best_rows, check_model, header_for
 from mammut_runtime.model import Model
-from mammut_runtime.video.captions import ahead
+from mammut_runtime.video.captions import ahead, held_side
 from mammut_runtime.video.decode import Clip, ClipHealth
 from mammut_runtime.video.encode import look_at
 from mammut_runtime.video.scenes import SceneRule, scenes
@@ -38,8 +31,8 @@ from mammut_runtime.video.scenes import SceneRule, scenes
 Floats = NDArray[np.float32]
 
 LONGEST_MOMENT_S = 4.0
-FRAMES_PER_MOMENT = 2
-MAX_HITS = 10_000
+FRAMES_AS_PICTURES = 2
+"""Of a moment, where the bundle has no `video` graph."""
 _FRAGMENT = re.compile(r"(.+)#t=(\d{1,8}\.\d{3}),(\d{1,8}\.\d{3})", re.DOTALL)
 _ROOT = "moments"
 """What the header says in place of a folder: the paths are absolute."""
@@ -146,17 +139,12 @@ class MomentIndex:
 
         Raises InputError for an empty text, and a count that is not 1 to 10,000.
         """
-        if not 1 <= count <= MAX_HITS:
-            raise InputError(f"the number of moments must be from 1 to {MAX_HITS}, got {count}")
-        vector = self._model.embed_texts([text])[0]
-        scores = np.asarray(self._embeddings @ vector, np.float32) if len(self) else np.empty(0, np.float32)
-        scores = np.where(np.isfinite(scores), scores, -np.inf)
+        inside = None
         if clips is not None:
             wanted = {_key(path) for path in clips}
             inside = np.array([place[0] in wanted for place in self._places], bool)
-            scores = np.where(inside, scores, -np.inf)
-        order = [int(row) for row in np.argsort(-scores, kind="stable")[:count] if scores[row] > -np.inf]
-        return [self._moment(row, float(scores[row])) for row in order]
+        found = best_rows(self._embeddings, self._model.embed_texts([text])[0], count, inside)
+        return [self._moment(row, score) for row, score in found]
 
     def _moment(self, row: int, score: float) -> Moment:
         key, start_s, end_s = self._places[row]
@@ -168,7 +156,8 @@ def _moments(model: Model, path: Path) -> tuple[list[tuple[str, Floats]], ClipHe
     rule = SceneRule(longest_s=LONGEST_MOMENT_S)
     found: list[tuple[str, Floats]] = []
     with Clip.open(path) as clip:
-        for scene in ahead(scenes(clip, rule, FRAMES_PER_MOMENT), 2):
+        frames = model.manifest.model.video_frames or FRAMES_AS_PICTURES
+        for scene in ahead(scenes(clip, rule, frames, most_side=held_side(model)), 2):
             look = look_at(model, scene.pixels)
             name = f"{_key(path)}#t={scene.start_ms / 1000:.3f},{scene.end_ms / 1000:.3f}"
             found.append((name, look.embedding))
@@ -217,10 +206,7 @@ class _Held:
             return
         ordered = [row for key in sorted(self._rows) for row in self._rows[key]]
         entries = [entry for entry, _ in ordered]
-        model = self._model.manifest.model
-        header = IndexHeader(
-            1, self._model.bundle.content_hash, model.name, _ROOT, model.embed_dim, len(entries), paths_size(entries)
-        )
+        header = header_for(self._model, _ROOT, entries)
         write_index_file(self._index, header, entries, (embedding[None] for _, embedding in ordered))
         self._new, self._dirty = 0, False
 
@@ -244,8 +230,4 @@ def _place(file: IndexFile, name: str) -> tuple[str, float, float]:
 def _check(file: IndexFile, model: Model) -> None:
     if file.header.folder != _ROOT:
         raise InputError(f"{file.path} is an index of pictures, not of moments; give another --index")
-    if file.header.bundle != model.bundle.content_hash or file.header.embed_dim != model.manifest.model.embed_dim:
-        raise InputError(
-            f"{file.path} was made with another model ({file.header.model}, {file.header.bundle[:12]}; this one is "
-            f"{model.manifest.model.name}, {model.bundle.content_hash[:12]}); give --rebuild, or that bundle"
-        )
+    check_model(file, model)

@@ -28,6 +28,7 @@ _THUMBNAIL = 32
 _SAMPLED_SIDE = 64
 """Pixels are picked down to about this many on the shorter side before they are averaged: averaging all of a large
 frame takes longer than decoding it."""
+_PIXEL = np.dtype("V3")
 _REMEMBERED = 8
 """Differences that "usual" is the mean of."""
 
@@ -114,8 +115,22 @@ class Cutter:
 def thumbnail(pixels: Bytes) -> NDArray[np.int16]:
     """uint8[H, W, 3] to int16[32, 32, 3]; a few pixels of each place, averaged."""
     step = max(1, min(pixels.shape[:2]) // _SAMPLED_SIDE)
-    picked = np.ascontiguousarray(pixels[step // 2 :: step, step // 2 :: step])
+    whole = np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(_PIXEL)  # copied by the pixel, not by the byte
+    picked = whole[step // 2 :: step, step // 2 :: step].copy()
+    picked = picked.view(np.uint8).reshape(*picked.shape, 3)
     return np.asarray(cv2.resize(picked, (_THUMBNAIL, _THUMBNAIL), interpolation=cv2.INTER_AREA), np.int16)
+
+
+def halved(pixels: Bytes, most_side: int) -> Bytes:
+    """Blocks of 2 x 2 averaged while both sides are at least `most_side`: uint8[H, W, 3] to uint8[H', W', 3].
+
+    An odd last row or column is dropped. With four times the model's side it is what preprocessing in mode "fast" does.
+    """
+    while min(pixels.shape[:2]) >= most_side:
+        height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
+        small = cv2.resize(pixels[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+        pixels = np.asarray(small, np.uint8)
+    return pixels
 
 
 def scenes(
@@ -124,9 +139,13 @@ def scenes(
     frames_per_scene: int = 3,
     start_s: float = 0.0,
     end_s: float = math.inf,
+    most_side: int | None = None,
 ) -> Iterator[Scene]:
     """The scenes of a clip (of the part from start_s to end_s), each as soon as it is over. At most
-    sampler.most_held(frames_per_scene) frames are held at once, whatever the clip's length."""
+    sampler.most_held(frames_per_scene) frames are held at once, whatever the clip's length.
+
+    most_side: frames with both sides at least so long are halved until they are not (see `halved`); None: never.
+    """
     rule = rule or SceneRule()
     open_scene: _OpenScene | None = None
     cutter = Cutter(rule)
@@ -139,7 +158,7 @@ def scenes(
             begin_ms = round(tick.time_s * 1000)
             if open_scene is not None:
                 yield open_scene.closed(begin_ms)
-            open_scene = _OpenScene(begin_ms, frames_per_scene)
+            open_scene = _OpenScene(begin_ms, frames_per_scene, most_side)
         if open_scene is not None:
             open_scene.add(tick, lazy)
         end_ms = round(clip.end_s * 1000)
@@ -148,14 +167,17 @@ def scenes(
 
 
 class _OpenScene:
-    def __init__(self, start_ms: int, frames: int) -> None:
-        self.start_ms = start_ms
+    def __init__(self, start_ms: int, frames: int, most_side: int | None) -> None:
+        self.start_ms, self._most_side = start_ms, most_side
         self._sampler = SpreadSampler[tuple[FrameRef, Bytes]](frames)
         self._count = 0
 
     def add(self, tick: Tick, lazy: _Lazy) -> None:
         self._count += 1
-        self._sampler.offer(tick.time_s, lambda: (FrameRef(tick.index, tick.time_s), lazy.pixels()))
+        self._sampler.offer(tick.time_s, lambda: (FrameRef(tick.index, tick.time_s), self._held(lazy.pixels())))
+
+    def _held(self, pixels: Bytes) -> Bytes:
+        return pixels if self._most_side is None else halved(pixels, self._most_side)
 
     def closed(self, end_ms: int) -> Scene:
         chosen = self._sampler.chosen()

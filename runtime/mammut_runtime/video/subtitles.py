@@ -22,7 +22,7 @@ from mammut_runtime.errors import InputError
 from mammut_runtime.model import Model
 from mammut_runtime.strict import to_dict
 from mammut_runtime.video import cues
-from mammut_runtime.video.captions import VideoCaptionOptions, caption_scenes
+from mammut_runtime.video.captions import VideoCaptionOptions, caption_scenes, frames_per_scene
 from mammut_runtime.video.cues import Cue, merged
 from mammut_runtime.video.decode import CLIP_SUFFIXES, Clip, ClipHealth
 from mammut_runtime.video.journal import FORMAT, Journal, JournalEnd, JournalHeader, identify, storage_error
@@ -113,10 +113,12 @@ def write_subtitles(
     *,
     overwrite: bool = False,
     progress: Callable[[float], None] | None = None,
+    decoder_threads: int = 0,
 ) -> Subtitles:
     """Caption a clip into out/NAME.srt, .vtt and .jsonl; go on where an earlier run of the same was stopped.
 
     progress: is told the time in the clip, seconds, after each scene. overwrite: replace what is there.
+    decoder_threads: 0 lets the decoder choose; the frames are the same.
     Raises InputError for a clip that cannot be used and for outputs that are not ours; OSError if the outputs cannot be
     written, for example for a full disk: what was done is kept.
     """
@@ -124,8 +126,8 @@ def write_subtitles(
     files = tuple(out / f"{job.name}{suffix}" for suffix in cues.SUFFIXES)
     parts = out / JOURNAL_FOLDER / job.name
     journal_path = parts.with_name(f"{parts.name}.journal")
-    with Clip.open(job.clip) as clip:  # before anything is written: what is no clip leaves nothing behind
-        settings = settings_hash(options, model._preprocessor.mode)
+    with Clip.open(job.clip, threads=decoder_threads) as clip:  # first: what is no clip leaves nothing behind
+        settings = settings_hash(model, options)
         header = JournalHeader(FORMAT, identify(job.clip), model.bundle.content_hash, settings)
         if not overwrite and not journal_path.exists():
             _refuse_existing(files)
@@ -143,12 +145,10 @@ def write_subtitles(
     return Subtitles(job.clip, files, count, last_ms / 1000, resumed, health)
 
 
-def settings_hash(options: VideoCaptionOptions, preprocess: str = "exact") -> str:
-    """sha256 of all settings that cues depend on, and of the decoder's version: with another, scenes may differ.
-
-    preprocess: the model's mode, which gives it other pixels.
-    """
-    settings = {"options": dataclasses.asdict(options), "preprocess": preprocess, "opencv": cv2.__version__}
+def settings_hash(model: Model, options: VideoCaptionOptions) -> str:
+    """sha256 of all settings that cues depend on, and of the decoder's version: with another, scenes may differ."""
+    plain = dataclasses.asdict(options) | {"frames_per_scene": frames_per_scene(model, options)}
+    settings = {"options": plain, "preprocess": model._preprocessor.mode, "opencv": cv2.__version__}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

@@ -76,6 +76,12 @@ def absurd_duration(folder: Path) -> Path:
     return with_numbers(write_clip(folder / "a.avi"), b"strh", 20, 1_000_000, 1)  # a frame every 11 days
 
 
+def unknown_codec(folder: Path) -> Path:
+    path = write_clip(folder / "a.avi")
+    path.write_bytes(path.read_bytes().replace(b"MJPG", b"XYZ1"))
+    return path
+
+
 def playlist(folder: Path) -> Path:
     (folder / "a.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n")
     return folder / "a.mp4"
@@ -89,6 +95,7 @@ BAD: dict[Callable[[Path], Path], str] = {
     zero_frames_avi: "not one frame of this clip can be decoded",
     zero_frames_mp4: "without a video that can be read: it has no frames",
     half_a_header: "without a video that can be read: it has no frames, its header is damaged or cut off",
+    unknown_codec: "this OpenCV has no decoder for it; try to convert it to H.264",
     absurd_sides: "frames of 8000x8000 pixels; expected 1 to 16,384 a side and at most 40,000,000",
     absurd_duration: "says it lasts 10,000,000 s, the limit is 86,400 s",
 }

@@ -9,12 +9,15 @@ import html
 import itertools
 import json
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mammut_runtime.video.cues import VTT_HEAD, Cue, MergeRule, json_line, merged, srt, vtt
+from mammut_runtime.errors import InputError
+from mammut_runtime.video.cues import VTT_HEAD, Cue, MergeRule, json_line, merged, read_cues, srt, vtt
 from mammut_runtime.video.sampler import FrameRef
 
 Read = tuple[int, int, str]
@@ -87,6 +90,39 @@ def test_what_is_written_is_read_back(spans: list[tuple[int, int, str]]) -> None
     lines = [json.loads(json_line(each, "b" * 64)) for each in cues]
     assert [each["text"] for each in lines] == [each.text for each in cues]
     assert [round(each["start_s"] * 1000) for each in lines] == [each.start_ms for each in cues]
+
+
+@settings(deadline=None)
+@given(spans)
+def test_json_lines_are_read_back_as_cues(spans: list[tuple[int, int, str]]) -> None:
+    cues, at = [], 0
+    for pause, length, text in spans:
+        cues.append(cue(at + pause, at + pause + length, text))
+        at += pause + length
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        path.write_text("".join(json_line(each, "b" * 64) for each in cues), encoding="utf-8")
+        assert list(read_cues(path)) == cues
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no json\n", "line 2: not readable as JSON"),
+        ("[1]\n", "line 2: no cue; expected the .jsonl file that caption-video wrote"),
+        ('{"start_s": 0, "end_s": 1}\n', "line 2: no cue"),
+        ('{"bundle": "b", "start_s": "x", "end_s": 1}\n', "line 2: no cue"),
+        ('{"bundle": "b", "start_s": 0, "end_s": 1}\n', "line 2: missing key 'text'"),
+    ],
+)
+def test_other_lines_are_refused(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json_line(cue(0, 1, "a"), "b") + line)
+    reader = read_cues(tmp_path / "a.jsonl")
+    assert next(reader) == cue(0, 1, "a")  # control
+    with pytest.raises(InputError, match=message):
+        next(reader)
+    with pytest.raises(InputError, match="cannot be read"):
+        next(read_cues(tmp_path / "none.jsonl"))
 
 
 @given(spans, st.floats(0.1, 2), st.floats(0.1, 1000))

@@ -1,0 +1,118 @@
+"""`mammut-train demo` and what goes with it: training, judging and showing the model that ships."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mammut.commands_run import launch, start_run
+from mammut_runtime import console
+
+STAGES = ("pictures", "scenes", "clips", "detector")
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--stage", type=click.Choice(STAGES), help="Only this stage; those before it must be done. Default: all.")
+@click.option("--steps", type=click.IntRange(1), help="Length of each stage. Default: those of the shipped model.")
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="One thread each if several.")
+@click.option("--minutes", type=float, help="Stop after so long, with a checkpoint; go on with --resume.")
+@click.option("--resume", is_flag=True, help="Leave out the stages that are done, and go on within the next.")
+def demo(
+    data: Path, out: Path, stage: str | None, steps: int | None, processes: int, minutes: float | None, resume: bool
+) -> int:
+    """Train the demo model that ships, from the DATA folder, in four stages.
+
+    pictures: photographs, clothing, flowers, emoji, shapes. scenes: these, and scenes composed of emoji. clips: these,
+    and clips of moving emoji. detector: a head that finds things by name, on the model of the third stage. OUT gets
+    data/ and tokenizer.json (what DATA says, as training reads it), a folder for each stage, and checkpoint/.
+    """
+    if "WORLD_SIZE" in os.environ:  # one of several processes of a stage
+        return _stage(stage or "", data, out, steps, 1, resume=resume, minutes=minutes)
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    for each in STAGES if stage is None else (stage,):
+        if not (resume and _done(out / each)):
+            left = None if until is None else max(0.1, (until - time.monotonic()) / 60)
+            console.note(f"stage {each}")
+            code = _stage(each, data, out, steps, processes, resume=resume, minutes=left)
+            if code or not _done(out / each):
+                return code
+        shutil.copytree(out / each / "checkpoint", out / "checkpoint", dirs_exist_ok=True)
+    console.note(f"checkpoint: {out / 'checkpoint'}")
+    return 0
+
+
+def _stage(stage: str, data: Path, out: Path, steps: int | None, processes: int, **given: Any) -> int:
+    """Train one stage. Several processes give themselves the command that this one was."""
+    if stage == "detector":
+        return _detector(data, out, steps, **given)
+    from mammut.demo.evaluate import glance
+    from mammut.demo.recipe import stage_run
+    from mammut.training.run_state import begun
+    from mammut_runtime.strict import to_json
+
+    config, folder = stage_run(stage, data, out, steps), out / stage
+    begun(folder, given["resume"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_bytes(to_json(config))
+    if processes > 1:
+        again = ["demo", str(data), str(out), "--stage", stage, "--steps", str(config.steps)]
+        return launch(again, processes, **given)
+    return start_run(config, folder, evaluate=glance(data), **given)
+
+
+def _detector(data: Path, out: Path, steps: int | None, resume: bool, minutes: float | None) -> int:
+    """The detector's head, by the command for it: on scenes, blood cells and playing cards."""
+    from mammut.commands_detect import detect
+    from mammut.demo.recipe import DETECTOR_STEPS, box_specs
+
+    arguments = [str(out / "clips" / "checkpoint"), str(out / "detector"), "--scenes", str(data), "--evaluate"]
+    arguments += [text for spec in box_specs(data, "train") for text in ("--boxes", spec)]
+    arguments += ["--steps", str(steps or DETECTOR_STEPS), "--bfloat16"]
+    arguments += ["--resume"] * resume + (["--minutes", str(minutes)] if minutes is not None else [])
+    code: int = detect.main(arguments, prog_name="mammut-train detect", standalone_mode=False)
+    return code
+
+
+def _done(folder: Path) -> bool:
+    """Whether a stage has taken all its steps. The last step's checkpoint is written before checkpoint/."""
+    from mammut.training.run_state import read_info, saved_steps
+
+    kept = saved_steps(folder)
+    return (
+        bool(kept) and (folder / "checkpoint").is_dir() and read_info(kept[-1]).step == read_info(kept[-1]).config.steps
+    )
+
+
+@click.command("demo-eval")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--checkpoint", default="demo", show_default=True, help="A checkpoint in any form.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Also draw a contact sheet of held-out pictures (.jpg).")
+def demo_eval(data: Path, checkpoint: str, sheet: Path | None) -> None:
+    """Print every figure of the demo's model card, measured on held-out pictures of the DATA folder, as JSON."""
+    from mammut.checkpoint import load_checkpoint
+    from mammut.demo.contact_sheet import draw_sheet
+    from mammut.demo.evaluate import evaluate
+
+    loaded = load_checkpoint(checkpoint)
+    if sheet is not None:
+        draw_sheet(loaded, data, sheet)
+    console.echo_json(evaluate(loaded, data))
+
+
+@click.command("demo-data")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def demo_data(data: Path, out: Path) -> None:
+    """Write the pictures that the demo is judged on, one tar for each kind, for mammut-eval and other tools."""
+    from mammut.demo.recipe import Training, held_out, packed, write_whole
+
+    for kind, pairs in held_out(data).items():
+        write_whole(out / f"{kind}.tar", packed(Training(pairs, 1.0)))
+        console.note(f"{out / kind}.tar: {len(pairs)} pictures")

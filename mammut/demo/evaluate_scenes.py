@@ -1,0 +1,93 @@
+"""How well the demo answers questions about composed scenes that it has not seen. Synthetic pictures, exact truth.
+
+Backgrounds are held-out photographs. The drawings are those of training, or one vendor's drawings that were held out
+(of things that the other vendor's drawing was trained on).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mammut.checkpoint import Checkpoint
+from mammut.data.scenes import QUESTION_KINDS, Drawing, Scene, compose, plural
+from mammut.demo.evaluate import CHUNK, Judge
+from mammut.demo.scenes import backgrounds, scene_drawings
+from mammut.evaluation.bootstrap import Bootstrap
+from mammut_runtime.preprocess import Preprocessor
+
+SCENES = 400
+
+
+def evaluate_scenes(checkpoint: Checkpoint, data: Path, scenes: int = SCENES, seed: int = 0) -> dict[str, Any]:
+    """Figures for both sets of drawings, as shares from 0 to 1. Errors as scene_drawings'."""
+    judge, size = Judge(checkpoint), checkpoint.model.config.vision.image_size
+    photos = backgrounds(data, "val", size * 3 // 2)
+    return {
+        name: _figures(judge, held_out_scenes(drawings, photos, size, scenes, seed), drawings)
+        for name, drawings in (
+            ("drawings_of_training", scene_drawings(data)),
+            ("drawings_held_out", scene_drawings(data, held_out=True)),
+        )
+    }
+
+
+def held_out_scenes(
+    drawings: Sequence[Drawing], photos: Sequence[Any], size: int, number: int, seed: int
+) -> list[Scene]:
+    """The same scenes each time, on photographs uint8[H, W, 3] in turn."""
+    seeds = np.random.SeedSequence(seed).spawn(number)
+    return [compose(np.random.default_rng(s), drawings, photos[i % len(photos)], size) for i, s in enumerate(seeds)]
+
+
+def _figures(judge: Judge, scenes: Sequence[Scene], drawings: Sequence[Drawing]) -> dict[str, Any]:
+    preprocess = Preprocessor(judge.checkpoint.preprocess)
+    pixels = torch.from_numpy(np.stack([preprocess(scene.pixels) for scene in scenes]))
+    with torch.no_grad():
+        tokens = torch.cat([judge.model.encode_image(part)[0] for part in torch.split(pixels, CHUNK)])
+    asked = [(row, *question) for row, scene in enumerate(scenes) for question in scene.questions]
+    answers = judge.ask(tokens[[row for row, *_ in asked]], [question for _, _, question, _ in asked])
+    captions = judge.write(tokens, [""] * len(scenes))
+    exact = [c in {judge.spell(text) for text in s.captions} for c, s in zip(captions, scenes, strict=True)]
+    named = [_names(caption, scene) for caption, scene in zip(captions, scenes, strict=True)]
+    kinds = {}
+    for kind in QUESTION_KINDS:
+        own = [(row, given, answer) for (row, k, _, answer), given in zip(asked, answers, strict=True) if k == kind]
+        usual = Counter(answer for _, _, answer in own).most_common(1)[0][1] / len(own)
+        right = [given == judge.spell(answer) for _, given, answer in own]
+        kinds[kind] = {**share_with_interval(right, [row for row, *_ in own]), "most_frequent_answer": round(usual, 4)}
+    return {
+        "scenes": len(scenes),
+        "drawings": len(drawings),
+        "caption_exact": share_with_interval(exact),
+        "things_named_in_caption": round(sum(named) / len(named), 4),
+        "questions": kinds,
+    }
+
+
+def _names(caption: str, scene: Scene) -> float:
+    """The share of the things in a scene that a caption names."""
+    names = {placed.name for placed in scene.placed}
+    return sum(name in caption or plural(name) in caption for name in names) / len(names)
+
+
+def share_with_interval(right: Sequence[bool], groups: Sequence[int] | None = None) -> dict[str, float]:
+    """The share that is right, its 95 % interval (items of one group are drawn together), and of how many."""
+    values = np.array(right, np.float64)
+    inverse = None if groups is None else np.unique(groups, return_inverse=True)[1]
+
+    def statistic(weights: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return weights @ values / weights.sum(axis=1)
+
+    interval = Bootstrap().interval(statistic, len(values), inverse)
+    return {
+        "share": round(float(values.mean()), 4),
+        "low": round(interval.low, 4),
+        "high": round(interval.high, 4),
+        "of": len(values),
+    }

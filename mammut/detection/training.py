@@ -1,0 +1,297 @@
+"""Training of a detector on a frozen encoder (or one that learns slowly): the loop behind `mammut-train detect`.
+
+A loop of its own, because that of mammut/training takes image-text pairs through both passes; optimizers, schedule,
+averaging, guards and log are the same. A run is decided by its options and data; stopped and resumed, it takes the same
+steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mammut.checkpoint import Checkpoint, save_checkpoint
+from mammut.detection.config import DetectorConfig
+from mammut.detection.detector import Detector
+from mammut.detection.feeding import Batch, Fed, batches
+from mammut.detection.losses import LossOptions, detection_losses
+from mammut.detection.names import class_embeddings
+from mammut.training.guards import LossWatch
+from mammut.training.optimizers import Average, OptimizerOptions, make_optimizers, schedule, set_learning_rate
+from mammut.training.run_log import RunLog
+from mammut.training.run_state import code_version
+from mammut_runtime.errors import CheckpointError, InputError
+from mammut_runtime.strict import Between, to_dict
+
+STATE_FILE, CHECKPOINT_FOLDER = "state.pt", "checkpoint"
+EXPLODES = 5.0
+"""Times its average that a loss must not exceed for some steps."""
+_PARTS = 10_000
+"""Steps of the schedule of a run that is as long as its minutes."""
+Evaluate = Callable[[Checkpoint], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class DetectRun:
+    """How a detector is trained."""
+
+    steps: Annotated[int, Between(1, 100_000_000)] | None
+    """Length of the run; None: as many as fit into `minutes`, along which the learning rate then falls."""
+    minutes: Annotated[float, Between(0, 1e6)] | None
+    """Stop after so long."""
+    batch_size: Annotated[int, Between(1, 65_536)] = 32
+    learning_rate: Annotated[float, Between(0, 10)] = 2e-3
+    warmup: Annotated[float, Between(0, 1)] = 0.03
+    """Share of the run in which the rate rises; then it falls along a cosine."""
+    optimizer: OptimizerOptions = field(
+        default_factory=lambda: OptimizerOptions(weight_decay=0.02, beta2=0.98, average=0.998)
+    )
+    trunk_rate: Annotated[float, Between(0, 1)] = 0.0
+    """The encoder learns so many times slower than the head; 0: it is frozen, and the model stays what it is."""
+    losses: LossOptions = field(default_factory=LossOptions)
+    names_a_step: Annotated[int, Between(1, 1_000_000)] = 400
+    """Names that compete in one step: those of its boxes, and others drawn at random."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    seed: int = 0
+    threads: Annotated[int, Between(1, 64)] = 1
+    """That prepare pictures."""
+    log_every: Annotated[int, Between(1, 1_000_000)] = 20
+    save_minutes: Annotated[float, Between(0, 1e6)] = 5.0
+
+
+def train_detector(
+    start: Checkpoint,
+    config: DetectorConfig,
+    feeds: Sequence[Fed],
+    novel: frozenset[str],
+    run: DetectRun,
+    out: Path,
+    *,
+    resume: bool = False,
+    note: Callable[[str], None] = lambda message: None,
+    evaluate: Evaluate | None = None,
+) -> Path:
+    """Train and write OUT/checkpoint, the start's model with a detector; returns that folder.
+
+    Args:
+        start: the model; its weights change only where run.trunk_rate says so. A detector of the same sizes that it
+            has already is trained on.
+        config: of the detector; base_names are filled in.
+        feeds: pictures with boxes.
+        novel: names that no box is trained with.
+        evaluate: measures what would be saved now; its figures are logged.
+
+    Raises:
+        InputError: nothing to train on, or OUT holds another run.
+        MammutError: the loss is not finite or explodes.
+    """
+    names = sorted({name for fed in feeds for name in fed.source.names} - novel)
+    if not names:
+        raise InputError("no names are left to train: every name of the boxes is held out")
+    if run.steps is None and run.minutes is None:
+        raise InputError("expected a number of steps, or minutes")
+    config = replace(config, base_names=tuple(names))
+    work = _Work(start, config, feeds, run, out, note)
+    if (out / STATE_FILE).exists():
+        if not resume:
+            raise InputError(f"{out}: already holds a run; go on with --resume or choose another folder")
+        work.load()
+    with RunLog(out, work.step, run.steps or _PARTS, tensorboard=False) as log:
+        work.train(log, evaluate)
+    return work.write_checkpoint()
+
+
+class _Work:
+    """The state of a run."""
+
+    def __init__(
+        self, start: Checkpoint, config: DetectorConfig, feeds: Sequence[Fed], run: DetectRun, out: Path,
+        note: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.start, self.run, self.feeds, self.out, self.note = start, run, feeds, out, note
+        torch.manual_seed(run.seed)
+        self.detector = Detector(config, start.model)
+        _take_over(start.detector, self.detector)
+        classes = class_embeddings(start.model, start.tokenizer, config.base_names, config.templates)
+        self.classes = classes
+        self.detector.train().requires_grad_(True)
+        start.model.requires_grad_(False)
+        self.optimizers = _optimizers(self.detector, run)
+        self.trained = [value for value in self.detector.parameters() if value.requires_grad]
+        self.average = Average(self.trained, run.optimizer.average) if run.optimizer.average else None
+        self.watch = LossWatch(EXPLODES)
+        self.step, self.elapsed_s = 0, 0.0
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, from 0 to 1."""
+        if self.run.steps is not None:
+            return self.step / self.run.steps
+        assert self.run.minutes is not None
+        return self.elapsed_s / (60 * self.run.minutes)
+
+    def train(self, log: RunLog, evaluate: Evaluate | None) -> None:
+        run, config = self.run, self.detector.config
+        feed = batches(
+            self.feeds, config.base_names, config.image_size, config.fill, self.start.preprocess,
+            batch_size=run.batch_size, seed=run.seed, start=self.step, threads=run.threads,
+        )  # fmt: skip
+        began = time.monotonic() - self.elapsed_s
+        saved = logged = time.monotonic()
+        before = self.step
+        with contextlib.closing(feed):
+            while self.progress < 1 and (run.minutes is None or self.elapsed_s < 60 * run.minutes):
+                losses, norm, rate = self.train_step(next(feed))
+                self.elapsed_s = time.monotonic() - began
+                over = self.progress >= 1
+                log.step(self.step if run.steps is not None else min(_PARTS, round(self.progress * _PARTS)))
+                if self.step % run.log_every == 0 or over:
+                    now = time.monotonic()
+                    speed = run.batch_size * (self.step - before) / (now - logged)
+                    log.row({"step": self.step, "learning_rate": rate, **losses, "gradient_norm": norm,
+                             "pictures_per_s": round(speed, 1), "minutes": round(self.elapsed_s / 60, 2)})  # fmt: skip
+                    before, logged = self.step, now
+                if time.monotonic() - saved > 60 * run.save_minutes and not over:
+                    self._evaluated(log, evaluate)
+                    self.save()
+                    saved = time.monotonic()
+        self._evaluated(log, evaluate)
+        self.save()
+        if self.progress < 1:
+            self.note(f"stopped at step {self.step}; go on with --resume")
+
+    def train_step(self, batch: Batch) -> tuple[dict[str, float], float, float]:
+        """One optimizer step; returns losses, the gradient's norm and the learning rate."""
+        run = self.run
+        share = schedule(min(_PARTS - 1, int(self.progress * _PARTS)), _PARTS, round(run.warmup * _PARTS), "cosine")
+        set_learning_rate(self.optimizers, run.learning_rate * share)
+        generator = torch.Generator().manual_seed(run.seed * 1_000_003 + self.step)
+        batch, classes = self._some_names(batch, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast == "bfloat16"):
+            losses = detection_losses(self.detector, batch, classes, run.losses, generator)
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        norm = float(nn.utils.clip_grad_norm_(self.trained, run.optimizer.clip or float("inf")))
+        measured = {name: float(value.detach()) for name, value in losses.items()}
+        self.watch.check(self.step, measured, norm, f"what was saved last is in {self.out}")
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
+        return measured, norm, run.learning_rate * share
+
+    def _some_names(self, batch: Batch, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """With the names of this step only: those of its boxes and others that are known in some of its pictures."""
+        if len(self.classes) <= self.run.names_a_step:
+            return batch, self.classes
+        wanted = torch.rand(len(self.classes), generator=generator) * batch.known.any(dim=0)
+        wanted[batch.labels[batch.labels >= 0]] = 2.0
+        most = max(self.run.names_a_step, int((wanted == 2).sum()))
+        chosen = wanted.topk(most).indices.sort().values
+        places = torch.full((len(self.classes),), -1)
+        places[chosen] = torch.arange(most)
+        labels = torch.where(batch.labels >= 0, places[batch.labels.clamp(min=0)], batch.labels)
+        known, partial = batch.known[:, chosen], batch.partial[:, chosen]
+        return replace(batch, labels=labels, known=known, partial=partial), self.classes[chosen]
+
+    # --- what is kept --------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> Checkpoint:
+        """The start's model with the detector as it would be saved now. Shares its weights: use it at once."""
+        return replace(self.start, detector=self.detector, source=f"{self.out} at step {self.step}")
+
+    def write_checkpoint(self) -> Path:
+        folder, start = self.out / CHECKPOINT_FOLDER, self.start
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            save_checkpoint(folder, start.model, start.tokenizer_json, start.preprocess, start.prompts, torch.float16,
+                            detector=self.detector)  # fmt: skip
+        return folder
+
+    def _evaluated(self, log: RunLog, evaluate: Evaluate | None) -> None:
+        if evaluate is None:
+            return
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            self.detector.eval()
+            log.row({"step": self.step} | {f"held_out/{name}": v for name, v in evaluate(self.checkpoint()).items()})
+            self.detector.train()
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed."""
+        run = to_dict(replace(self.run, minutes=None, threads=1, log_every=1, save_minutes=0.0))
+        sources = [[fed.source.name, fed.weight, len(fed.source.names)] for fed in self.feeds]
+        return {"run": run, "detector": self.detector.config.to_dict(), "start": self.start.sha256, "data": sources}
+
+    def save(self) -> None:
+        """Write OUT/state.pt, whole or not at all."""
+        state = {
+            "settings": self._settings(), "step": self.step, "elapsed_s": self.elapsed_s, "code": code_version(),
+            "own": self.detector.own_state(), "trunk": self.start.model.vision.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": [] if self.average is None else self.average.values, "watch": self.watch.state(),
+        }  # fmt: skip
+        self.out.mkdir(parents=True, exist_ok=True)
+        new = self.out / f".{STATE_FILE}.partial"
+        with new.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.out / STATE_FILE)
+
+    def load(self) -> None:
+        """Go on from OUT/state.pt. Raises CheckpointError where it is damaged, InputError where it is another run's."""
+        path = self.out / STATE_FILE
+        try:
+            state = torch.load(path, weights_only=True)
+            settings = state["settings"]
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{path}: damaged ({error}); remove it to begin again") from error
+        now = self._settings()
+        wrong = [name for name in now if settings.get(name) != now[name]]
+        if wrong:
+            raise InputError(f"{path}: was saved by a run with other {', '.join(wrong)}; resume with its own options")
+        self.detector.load_own(state["own"])
+        self.start.model.vision.load_state_dict(state["trunk"])
+        for optimizer, each in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(each)
+        if self.average is not None:
+            self.average.values = state["average"]
+        self.watch.restore(state["watch"])
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        if state["code"] != code_version():
+            self.note(f"{path}: was saved by other code ({state['code']}); this is {code_version()}")
+        self.note(f"going on from step {self.step}")
+
+
+def _take_over(old: Detector | None, new: Detector) -> None:
+    """The weights of a detector of the same sizes, where there is one."""
+    if old is None or {n: v.shape for n, v in old.own_state().items()} != {
+        n: v.shape for n, v in new.own_state().items()
+    }:
+        return
+    new.load_own(old.own_state())
+
+
+def _optimizers(detector: Detector, run: DetectRun) -> tuple[torch.optim.Optimizer, ...]:
+    """Of the detector's own parameters, and of the encoder's where it learns. Its positions stay: the detector's are
+    made from them once."""
+    found = make_optimizers(detector, detector.model.config, run.optimizer)
+    if not run.trunk_rate:
+        return found
+    vision = detector.model.vision
+    vision.requires_grad_(True)
+    vision.positions.requires_grad_(False)
+    slow = make_optimizers(vision, detector.model.config, run.optimizer)
+    for optimizer in slow:
+        for group in optimizer.param_groups:
+            group["share"] *= run.trunk_rate
+    return (*found, *slow)

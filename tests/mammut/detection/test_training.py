@@ -1,0 +1,176 @@
+"""`mammut-train detect` on a tiny model and a few coloured squares, from COCO and LVIS files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mammut.bpe_training import train_tokenizer
+from mammut.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mammut.commands import cli
+from mammut.detection.box_specs import parse_box_spec
+from mammut.detection.config import DetectorConfig
+from mammut.detection.feeding import Fed, Jitter, SetSource, batches
+from mammut.detection.training import DetectRun, _Work, train_detector
+from mammut.model import Mammut
+from mammut.presets import tiny
+from mammut.training.run_log import RunLog, read_log
+from mammut_runtime.errors import InputError
+from mammut_runtime.preprocess import PreprocessRule
+
+COLOURS = {"red square": (30, 30, 220), "green square": (30, 200, 30), "blue square": (220, 60, 30)}
+"""Blue, green, red."""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A checkpoint with random weights."""
+    torch.manual_seed(0)
+    words = train_tokenizer([f"a {name}" for name in COLOURS] * 3, 600)
+    rule = PreprocessRule(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", "squash", 0)
+    save_checkpoint(tmp_path / "start", Mammut(tiny(600)), words, rule, {"zero_shot": "{}\na {}"})
+    return tmp_path / "start"
+
+
+def write_boxes(folder: Path, form: str, pictures: int = 6) -> str:
+    """Squares on grey; returns the spec of the file. In the LVIS file red ones are rare."""
+    (folder / "pictures").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+    for number in range(1, pictures + 1):
+        pixels = np.full((64, 72, 3), 128, np.uint8)
+        shown = []
+        for column in range(2):
+            category = int(rng.integers(3))
+            x, y, side = 4 + 36 * column + int(rng.integers(8)), int(rng.integers(5, 30)), int(rng.integers(14, 24))
+            pixels[y : y + side, x : x + side] = list(COLOURS.values())[category]
+            shown.append(category + 1)
+            boxes.append({"id": len(boxes) + 1, "image_id": number, "category_id": category + 1,
+                          "bbox": [x, y, side, side], "area": side * side, "iscrowd": 0})  # fmt: skip
+        cv2.imwrite(str(folder / "pictures" / f"{number}.png"), pixels)
+        image = {"id": number, "file_name": f"{number}.png", "width": 72, "height": 64}
+        if form == "lvis":
+            image |= {"coco_url": f"http://images.example/val/{number}.png", "not_exhaustive_category_ids": [],
+                      "neg_category_ids": sorted({1, 2, 3} - set(shown))[:1]}  # fmt: skip
+        images.append(image)
+    categories = [
+        {"id": place, "name": name} | ({"frequency": "rcf"[place - 1], "synset": name} if form == "lvis" else {})
+        for place, name in enumerate(COLOURS, 1)
+    ]
+    (folder / "boxes.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    return f"{form}:{folder / 'boxes.json'}:{folder / 'pictures'}"
+
+
+def run(*arguments: object) -> None:
+    assert cli.main([str(each) for each in arguments], standalone_mode=False) in (0, None)
+
+
+def small(checkpoint: Checkpoint, make_config: Any) -> DetectorConfig:
+    config: DetectorConfig = make_config(templates=tuple(checkpoint.prompts["zero_shot"].split("\n")))
+    return config
+
+
+@pytest.mark.parametrize("form", ["coco", "lvis"])
+def test_command(form: str, start: Path, tmp_path: Path) -> None:
+    spec = write_boxes(tmp_path / form, form)
+    run("detect", start, tmp_path / "out", "--boxes", spec, "--steps", 3, "--batch-size", 2)
+    found = load_checkpoint(tmp_path / "out" / "checkpoint")
+    assert found.detector is not None
+    names = sorted(COLOURS) if form == "coco" else ["blue square", "green square"]  # rare names get no boxes
+    assert list(found.detector.config.base_names) == names
+    assert found.detector.config.templates == ("{}", "a {}")
+    before = load_checkpoint(start)
+    for name, value in before.model.state_dict().items():  # float16 in the file
+        torch.testing.assert_close(found.model.state_dict()[name], value.half().float(), rtol=0, atol=0)
+    with pytest.raises(InputError, match="already holds a run"):
+        run("detect", start, tmp_path / "out", "--boxes", spec, "--steps", 3, "--batch-size", 2)
+
+
+def test_it_learns_and_resumes(start: Path, tmp_path: Path, make_config: Any) -> None:
+    """Stopped and gone on with, a run ends where it would have; and it has learned."""
+    checkpoint = load_checkpoint(start)
+    parsed = parse_box_spec(write_boxes(tmp_path / "data", "coco"))
+    assert parsed.images is not None
+    feeds = [Fed(SetSource(parsed.read().boxed_set(parsed.images)), 1.0, Jitter(0.8, 1.2))]
+    options = DetectRun(steps=16, minutes=None, batch_size=4, log_every=1)
+    config = small(checkpoint, make_config)
+
+    def trained(out: str, options: DetectRun, resume: bool = False) -> dict[str, torch.Tensor]:
+        loaded = load_checkpoint(start)
+        folder = train_detector(loaded, config, feeds, frozenset(), options, tmp_path / out, resume=resume)
+        detector = load_checkpoint(folder).detector
+        assert detector is not None
+        return detector.own_state()
+
+    whole = trained("whole", options)
+    part = train_part(tmp_path / "part", start, config, feeds, options, steps=7)
+    assert part == 7
+    again = trained("part", options, resume=True)
+    for name, value in whole.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=0)
+    rows = read_log(tmp_path / "whole")
+    assert [row["step"] for row in read_log(tmp_path / "part")] == [row["step"] for row in rows]
+    losses = [row["loss"] for row in rows]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    other = trained("other", replace(options, seed=1))  # the control
+    assert any(not torch.equal(other[name], value) for name, value in whole.items())
+    with pytest.raises(InputError, match="other run"):
+        trained("part", replace(options, learning_rate=1.0), resume=True)
+
+
+def train_part(out: Path, start: Path, config: DetectorConfig, feeds: list[Fed], options: DetectRun, steps: int) -> int:
+    """The first steps of a run, saved as if it had been stopped there."""
+    names = tuple(sorted({name for fed in feeds for name in fed.source.names}))
+    work = _Work(load_checkpoint(start), replace(config, base_names=names), feeds, options, out, lambda message: None)
+    feed = batches(feeds, names, config.image_size, config.fill, work.start.preprocess, batch_size=4, seed=0, start=0)
+    with RunLog(out, 0, steps, tensorboard=False) as log:
+        for _ in range(steps):
+            losses, _, _ = work.train_step(next(feed))
+            log.row({"step": work.step, **losses})
+    feed.close()
+    work.save()
+    return work.step
+
+
+def test_an_encoder_may_learn_slowly(start: Path, tmp_path: Path, make_config: Any) -> None:
+    checkpoint = load_checkpoint(start)
+    parsed = parse_box_spec(write_boxes(tmp_path / "data", "coco"))
+    assert parsed.images is not None
+    feeds = [Fed(SetSource(parsed.read().boxed_set(parsed.images)), 1.0, Jitter(0.8, 1.2))]
+    before = {name: value.clone() for name, value in checkpoint.model.state_dict().items()}
+    options = DetectRun(steps=2, minutes=None, batch_size=2, trunk_rate=0.1)
+    train_detector(checkpoint, small(checkpoint, make_config), feeds, frozenset(), options, tmp_path / "out")
+    after = checkpoint.model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert "vision.blocks.0.qkv.weight" in changed
+    assert "vision.positions" not in changed
+    assert all(name.startswith("vision.") for name in changed)
+
+
+def test_nothing_to_train_on(start: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to train on"):
+        run("detect", start, tmp_path / "out", "--steps", 1)
+    spec = write_boxes(tmp_path / "data", "coco")
+    held = [part for name in COLOURS for part in ("--novel", name)]
+    with pytest.raises(InputError, match="every name of the boxes is held out"):
+        run("detect", start, tmp_path / "out", "--boxes", spec, "--steps", 1, *held)
+    with pytest.raises(InputError, match="a number of steps, or minutes"):
+        run("detect", start, tmp_path / "out", "--boxes", spec)
+
+
+def test_eval_command(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = write_boxes(tmp_path / "data", "coco")
+    run("detect", start, tmp_path / "out", "--boxes", f"{spec}=2.5", "--steps", 1, "--batch-size", 2)
+    capsys.readouterr()
+    run("detect-eval", tmp_path / "out" / "checkpoint", "--boxes", spec)
+    figures = json.loads(capsys.readouterr().out)[spec]
+    assert set(figures) == {"ap50", *COLOURS}
+    assert 0 <= figures["ap50"] <= 1
