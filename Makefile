@@ -1,6 +1,7 @@
 # Two commands do everything on a machine with Python 3.11+ and pip:
 #   make demo   installs, exports the shipped checkpoint to build/demo-bundle, and tries it on pictures
 #               make demo PICTURES=folder   on your own
+#               make demo NAMES="red heart, star"   looks for these
 #   make test   ruff, mypy and every test
 
 SHELL := /bin/bash
@@ -12,6 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PICTURES ?=
+NAMES ?=
 # Test processes. Each may hold a small model and PyTorch, about 1 GB.
 WORKERS ?= 2
 
@@ -22,7 +24,8 @@ EXPORT_SOURCES := $(wildcard mammut/*.py mammut/assets/* mammut/assets/demo/* ex
 .PHONY: demo test install clean
 
 demo: $(BUNDLE)/manifest.json
-	$(BIN)/python runtime/examples/demo.py --bundle $(BUNDLE) --out build/demo $(if $(PICTURES),--pictures "$(PICTURES)")
+	$(BIN)/python runtime/examples/demo.py --bundle $(BUNDLE) --out build/demo $(if $(PICTURES),--pictures "$(PICTURES)") \
+		$(if $(NAMES),--names "$(NAMES)")
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ import torch
 from measuring import Timing, print_surroundings, surroundings, timed
 
 from mammut import presets
+from mammut.checkpoint import Checkpoint
 from mammut.config import MammutConfig
 from mammut.model import Mammut
 from mammut_export import onnx_graphs
@@ -37,6 +38,7 @@ from mammut_export.quantize import quantize_graph
 from mammut_export.weights import WeightStore, move_to_store
 from mammut_runtime.engines import EngineOptions, open_engine
 from mammut_runtime.manifest import GraphInfo, ModelInfo, Scheme, graph_contract
+from mammut_runtime.preprocess import PreprocessRule
 
 MODELS = ("demo", "S-32")
 PRECISIONS: tuple[Scheme, ...] = ("fp32", "int8-dynamic")
@@ -125,9 +127,11 @@ def write_graphs(folder: Path, config: MammutConfig, precision: Scheme) -> dict[
         len(text.cross_after), text.heads, text.vocab_size, 1, 1.0, 0.0, "softmax",
     )  # fmt: skip
     contract = graph_contract(info, config.vision.image_size)
+    rule = PreprocessRule(config.vision.image_size, (0.5,) * 3, (0.5,) * 3)
+    checkpoint = Checkpoint(model, b"", rule, {}, "random", "")  # its tokenizer is not asked for
     with WeightStore(folder / "weights.bin") as store:
         for name in GRAPHS:
-            traced: ir.Model = onnx_graphs.to_onnx(traceable(name, model, contract[name]))
+            traced: ir.Model = onnx_graphs.to_onnx(traceable(name, checkpoint, contract[name]))
             quantize_graph(traced, name, precision, "onnxruntime", None)
             move_to_store(traced, store)
             onnx_graphs.save(traced, folder / contract[name].file)

@@ -21,6 +21,7 @@ from mammut_runtime import console
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--nice", type=click.IntRange(0, 19), default=10, show_default=True, help="How far others go first.")
 @click.option("--write", type=click.Path(path_type=Path), help="Also put the tables into this page (Markdown).")
+@click.option("--measure-again", is_flag=True, help="Also measure finished runs again, from their checkpoints.")
 @click.option("--collect", is_flag=True, help="Train nothing: the tables of the runs that OUT has.")
 def ablate(
     data: Path,
@@ -31,6 +32,7 @@ def ablate(
     threads: int,
     nice: int,
     write: Path | None,
+    measure_again: bool,
     collect: bool,
 ) -> None:
     """Train small models that differ in one choice of the paper, on the DATA folder, and compare them.
@@ -48,9 +50,8 @@ def ablate(
         from mammut.demo.ablations import prepare, run_rows
 
         prepared = prepare(data, out)
-        for result in run_rows(
-            wanted, prepared, held_out(data), out, seeds=seeds, steps=steps or STEPS, note=console.note
-        ):
+        given = {"seeds": seeds, "steps": steps or STEPS, "measure_again": measure_again}
+        for result in run_rows(wanted, prepared, held_out(data), out, note=console.note, **given):  # type: ignore[arg-type]
             console.note(f"row {result.row}, seed {result.seed}: {console.json_line(dict(result.figures))}")
     text = markdown(read_results(out))
     if write is not None:

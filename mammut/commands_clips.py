@@ -44,7 +44,7 @@ def clips_eval(data: Path, checkpoint: str, clips: int | None, json_file: Path |
 @click.argument("data", type=_FILE)
 @click.argument("out", type=_FILE)
 @click.option(
-    "--start", required=True, help="A checkpoint for pictures only: scenes/checkpoint of `mammut-train demo`."
+    "--start", default="", help="A checkpoint for pictures only. Default: a small model of 64 px with random weights."
 )
 @click.option(
     "--minutes", type=click.FloatRange(min=0, min_open=True), help="Train all rows for about so long together."

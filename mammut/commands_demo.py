@@ -95,15 +95,19 @@ def _done(folder: Path) -> bool:
 @click.option("--checkpoint", default="demo", show_default=True, help="A checkpoint in any form.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Also draw a contact sheet of held-out pictures (.jpg).")
 def demo_eval(data: Path, checkpoint: str, sheet: Path | None) -> None:
-    """Print every figure of the demo's model card, measured on held-out pictures of the DATA folder, as JSON."""
+    """Print the model card's figures of pictures and scenes, measured on what is held out of the DATA folder, as JSON.
+
+    For clips see `clips-eval`, for boxes `detect-eval`.
+    """
     from mammut.checkpoint import load_checkpoint
     from mammut.demo.contact_sheet import draw_sheet
     from mammut.demo.evaluate import evaluate
+    from mammut.demo.evaluate_scenes import evaluate_scenes
 
     loaded = load_checkpoint(checkpoint)
     if sheet is not None:
         draw_sheet(loaded, data, sheet)
-    console.echo_json(evaluate(loaded, data))
+    console.echo_json(evaluate(loaded, data) | {"scenes": evaluate_scenes(loaded, data)})
 
 
 @click.command("demo-data")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -38,6 +38,9 @@ BOXES = "coco:FILE.json:IMAGES or lvis:FILE.json:IMAGES, with =SHARE behind it f
               help="The encoder learns at this share of the rate; 0: it is frozen.")  # fmt: skip
 @click.option("--muon", type=click.FloatRange(0), default=0.0, help="Muon for an encoder that learns, times the rate.")
 @click.option("--bfloat16", is_flag=True, help="Compute in bfloat16 where that is safe.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,
+              help="Of the weights in the checkpoint.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--evaluate", is_flag=True, help="With --scenes: also log AP50 on held-out scenes whenever it is saved.")
 @click.option("--resume", is_flag=True, help="Go on from OUT, if there is something.")
@@ -58,7 +61,8 @@ def detect(checkpoint: str, out: Path, **given: Any) -> int:
     run = DetectRun(
         steps=given["steps"], minutes=given["minutes"], batch_size=given["batch_size"],
         learning_rate=given["learning_rate"], optimizer=optimizer, trunk_rate=given["trunk_rate"],
-        autocast="bfloat16" if given["bfloat16"] else "none", seed=given["seed"],
+        autocast="bfloat16" if given["bfloat16"] else "none", device=_device(given["device"]), dtype=given["dtype"],
+        seed=given["seed"],
     )  # fmt: skip
     evaluate = _scene_figures(given["scenes"], config) if given["evaluate"] else None
     folder = train_detector(
@@ -91,6 +95,15 @@ def detect_eval(checkpoint: str, boxes: tuple[str, ...], scenes: Path | None, co
     console.echo_json(found)
 
 
+def _device(wanted: str) -> Literal["cpu", "cuda"]:
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise InputError("--device cuda: PyTorch finds none here; use cpu")
+    return "cuda" if there and wanted != "cpu" else "cpu"
+
+
 def _config(start: Checkpoint, templates: tuple[str, ...], image_size: int | None) -> DetectorConfig:
     from mammut.detection.config import detector_for
 
@@ -118,7 +131,9 @@ def _feeds(
         from mammut.detection.scene_source import training_scenes
 
         others = tuple(name for boxed, _ in sets for name in boxed.names)
-        feeds.append(Fed(training_scenes(scenes, config.image_size, others), scenes_share, Jitter(0.7, 1.4)))
+        feeds.append(
+            Fed(training_scenes(scenes, config.image_size, others), scenes_share, Jitter(0.7, 1.4, mosaic=0.4))
+        )
         held |= SCENE_NOVEL
     if not feeds:
         raise InputError("detect: nothing to train on; expected --boxes or --scenes, or both")

@@ -26,9 +26,7 @@ def greedy(model: Mammut, pixels: Tensor, prompt: list[int], end_id: int, max_to
 
 
 @torch.no_grad()
-def greedy_from_tokens(
-    model: Mammut, tokens: Tensor, prompt: list[int], end_id: int, max_tokens: int
-) -> list[int]:
+def greedy_from_tokens(model: Mammut, tokens: Tensor, prompt: list[int], end_id: int, max_tokens: int) -> list[int]:
     """The same of one picture or clip that was encoded: tokens float32[1, N, Wv]."""
     ids = list(prompt)
     room = min(max_tokens, model.config.text.context_length - len(prompt))

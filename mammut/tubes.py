@@ -62,12 +62,7 @@ class Tubes(nn.Module):
 
         Returns:
             float32[B, N, W], tube by tube, each by frames, rows, columns.
-
-        Raises:
-            ValueError: another number of frames than the config's.
         """
-        if frames.shape[1] != self.video.frames:
-            raise ValueError(f"expected clips of {self.video.frames} frames, got {frames.shape[1]}")
         return torch.cat([_cut(frames, *each) for each in self._with_projections(patch_embedding)], dim=1)
 
     def positions(self, learned: Tensor) -> Tensor:

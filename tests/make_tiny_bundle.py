@@ -1,8 +1,9 @@
-"""Makes tests/data/tiny-bundle and tiny-video-bundle: real bundles, by the real exporter, small enough to be committed.
+"""Makes tests/data/tiny-bundle, tiny-video-bundle and tiny-detector-bundle: real bundles, by the real exporter,
+small enough to be committed.
 
     python tests/make_tiny_bundle.py
 
-Its weights are random, so its captions are noise; everything else is as in a product. Run it again when the exporter's
+Their weights are random, so captions and boxes are noise; everything else is as in a product. Run it again when the exporter's
 graphs or the manifest change (tests/export/test_tiny_bundle.py notices) and commit what it wrote.
 """
 
@@ -18,13 +19,17 @@ from mammut import presets
 from mammut.bpe_training import train_tokenizer
 from mammut.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mammut.config import TubeConfig, VideoConfig
+from mammut.detection.config import detector_for
+from mammut.detection.detector import Detector
 from mammut.model import Mammut, with_video
 from mammut_export.export import export
+from mammut_export.options import ExportOptions
 from mammut_runtime.preprocess import PreprocessRule
 from mammut_runtime.tokenizer import Tokenizer
 
 BUNDLE = Path(__file__).parent / "data" / "tiny-bundle"
 VIDEO_BUNDLE = BUNDLE.with_name("tiny-video-bundle")
+DETECTOR_BUNDLE = BUNDLE.with_name("tiny-detector-bundle")
 VIDEO = VideoConfig(
     frames=4,
     tubes=(
@@ -82,10 +87,35 @@ def tiny_video_checkpoint(folder: Path) -> Checkpoint:
     return load_checkpoint(folder / "tiny-video")
 
 
+def tiny_detector_checkpoint(folder: Path) -> Checkpoint:
+    """tiny_checkpoint with a detector for 64 pixels that finds something everywhere."""
+    base = tiny_checkpoint(folder)
+    config = dataclasses.replace(
+        detector_for(base.model.config, tuple(PROMPTS["zero_shot"].split("\n"))),
+        image_size=64, width=16, stem_width=16, proposals=20, roi_size=3, roi_convs=1, roi_width=24, anchor_scale=2.0,
+        threshold=0.05, base_names=("blue star", "red heart", "three cats", "two dogs", "yellow sun"),
+    )  # fmt: skip
+    torch.manual_seed(20_261_125)
+    detector = Detector(config, base.model).requires_grad_(False)
+    for layer in (detector.propose.centerness, detector.propose.distances, detector.regions.refine):
+        layer.weight.normal_(std=0.5)
+    detector.gain.fill_(0.5)
+    save_checkpoint(
+        folder / "tiny-detector", base.model, base.tokenizer_json, base.preprocess, base.prompts, detector=detector
+    )
+    return load_checkpoint(folder / "tiny-detector")
+
+
 def main() -> None:
-    for make, place in ((tiny_checkpoint, BUNDLE), (tiny_video_checkpoint, VIDEO_BUNDLE)):
+    every = (
+        (tiny_checkpoint, BUNDLE, None),
+        (tiny_video_checkpoint, VIDEO_BUNDLE, None),
+        (tiny_detector_checkpoint, DETECTOR_BUNDLE, ("detect",)),
+    )
+    for make, place, tasks in every:
         with tempfile.TemporaryDirectory() as folder:
-            result = export(make(Path(folder)), place, overwrite=place.exists())
+            options = ExportOptions(tasks=tasks)
+            result = export(make(Path(folder)), place, options, overwrite=place.exists())
         print(f"{result.path}: {result.bundle_bytes:,} bytes")
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mammut_calibration.alarms import AlarmLimit, Chosen, Footage, choose_threshold, footage
 from mammut_calibration.platt import LEAST_PICTURES, Fit, fit
+from mammut_runtime.detection.clips import next_due_s
 from mammut_runtime.detection.commands import sources_of
 from mammut_runtime.detection.detector import Square
 from mammut_runtime.detection.vocabulary import Calibration, Entry, Vocabulary
@@ -27,8 +28,6 @@ T = TypeVar("T")
 
 _TOGETHER = 8
 """Pictures computed together."""
-_EARLY = 0.999
-"""A frame may come this share of the step early: timestamps are rounded to milliseconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +194,7 @@ def _squares(
                     due_s = -np.inf
                     while (tick := clip.advance()) is not None:
                         if tick.time_s >= due_s:
-                            due_s = tick.time_s + _EARLY / fps
+                            due_s = next_due_s(tick.time_s, fps)
                             square = model.detector.square(clip.bgr(), "bgr")
                             times.append(tick.time_s)
                             yield square

@@ -8,28 +8,37 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mammut.checkpoint import Checkpoint
+from mammut.detection.detector import Detector
 from mammut.model import Mammut
 from mammut_export.measure import open_here
 from mammut_export.samples import TEXTS
 from mammut_export.weights import half_rounded
 from mammut_runtime.bundle import Bundle
-from mammut_runtime.canary import canary_picture, moving_crops
+from mammut_runtime.canary import (
+    box_distance,
+    canary_classes,
+    canary_picture,
+    moving_crops,
+    proposed,
+)
 from mammut_runtime.caption_options import CaptionOptions
+from mammut_runtime.detection.letterbox import Letterbox
 from mammut_runtime.engines import Engine
-from mammut_runtime.manifest import Canary, TextRule
+from mammut_runtime.manifest import Canary, CanaryBox, TextRule
 from mammut_runtime.model import Model
-from mammut_runtime.preprocess import Preprocessor
+from mammut_runtime.preprocess import Preprocessor, PreprocessRule
 
+Module = TypeVar("Module", bound=nn.Module)
 SEEDS = 8
 COMFORTABLE_LEAD = 2e-3
 """Of the largest logit; 40 times the tolerance of fp32. A seed that leads by this much throughout is taken at once."""
@@ -39,6 +48,8 @@ instructions (fp16: in float16 throughout), far below what a wrong picture path 
 QUANTIZED_TOLERANCE = 2e-2
 """The same for a quantized bundle. Rounding to 8 bits happens at other places in other engines and processors."""
 PICTURE_HW = (192, 256)
+BOXES, STEADY = 4, 2e-2
+"""See steady_boxes; the latter is a part of the input's side, and a difference of scores."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,43 @@ def make_canary(checkpoint: Checkpoint, graphs: tuple[str, ...], rule: TextRule,
         text_embedding = _floats(model.encode_text(torch.tensor([ids]))[0]) if ids else ()
         clip_embedding = _clip_embedding(model, preprocess, best) if "video" in graphs else ()
     tolerance = TOLERANCE[precision]
-    return Canary(best, tuple(ids), embedding, text_embedding, caption, tolerance, PICTURE_HW, clip_embedding)
+    canary = Canary(best, tuple(ids), embedding, text_embedding, caption, tolerance, PICTURE_HW, clip_embedding)
+    if checkpoint.detector is None or "detector" not in graphs:
+        return canary
+    return dataclasses.replace(canary, boxes=_boxes(checkpoint, _as_stored(checkpoint.detector, precision), canary))
+
+
+def _boxes(checkpoint: Checkpoint, detector: Detector, canary: Canary) -> tuple[CanaryBox, ...]:
+    config, classes = detector.config, canary_classes(canary, checkpoint.model.config.embed_dim)
+    preprocess = Preprocessor(PreprocessRule(config.image_size, checkpoint.preprocess.mean, checkpoint.preprocess.std))
+    names = torch.from_numpy(classes), torch.zeros(len(classes))
+
+    def answer(square: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            boxes, scores = detector(torch.from_numpy(preprocess(square))[None], *names)
+        return proposed(boxes[0].numpy(), scores[0].numpy(), config.image_size)
+
+    letterbox = Letterbox.fit(*canary.picture_hw, config.image_size)
+    return steady_boxes(answer, letterbox.apply(canary_picture(canary.seed, canary.picture_hw), config.fill))
+
+
+def steady_boxes(
+    answer: Callable[[NDArray[np.uint8]], NDArray[np.float32]], square: NDArray[np.uint8]
+) -> tuple[CanaryBox, ...]:
+    """The best proposals that are still there where every pixel is changed by up to one level, at most BOXES.
+
+    answer: a square picture uint8[D, D, 3] to CanaryAnswers.boxes. Of two places side by side that are about equally
+    good only the better one is proposed, and on another device that may be the other one; such are left out.
+    """
+    rng, found = np.random.default_rng(0), answer(square)
+    kept: list[CanaryBox] = []
+    changed = [(square.astype(np.int16) + rng.integers(-1, 2, square.shape)).clip(0, 255) for _ in range(2)]
+    others = [answer(each.astype(np.uint8)) for each in changed]
+    for row in found[np.argsort(-found[:, 4], kind="stable")].clip(0, 1).tolist():
+        each = CanaryBox((row[0], row[1], row[2], row[3]), row[4])
+        if len(kept) < BOXES and max(box_distance(each, other) for other in others) <= STEADY:
+            kept.append(each)
+    return tuple(kept)
 
 
 def _clip_embedding(model: Mammut, preprocess: Preprocessor, seed: int) -> tuple[float, ...]:
@@ -99,10 +146,23 @@ def observed_canary(bundle: Bundle, reference: Canary) -> Canary:
         seed = max(leads, key=lambda each: leads[each])
         canary = dataclasses.replace(reference, seed=seed, tolerance=QUANTIZED_TOLERANCE)
         answers = model.canary_answers(canary)
-    found: dict[str, Any] = {
-        name: () if vector is None else tuple(map(float, vector)) for name, vector in answers.embeddings.items()
-    }
-    return dataclasses.replace(canary, **found, caption_ids=answers.caption_ids or ())
+        found: dict[str, Any] = {
+            name: () if vector is None else tuple(map(float, vector)) for name, vector in answers.embeddings.items()
+        }
+        canary = dataclasses.replace(canary, **found, caption_ids=answers.caption_ids or (), boxes=())
+        return dataclasses.replace(canary, boxes=_observed_boxes(model, canary)) if model.detects else canary
+
+
+def _observed_boxes(model: Model, canary: Canary) -> tuple[CanaryBox, ...]:
+    detector, classes = model.detector, canary_classes(canary, model.manifest.model.embed_dim)
+    given = detector.square(canary_picture(canary.seed, canary.picture_hw), "rgb")
+
+    def answer(square: NDArray[np.uint8]) -> NDArray[np.float32]:
+        changed = dataclasses.replace(given, pixels=square)
+        boxes, scores = detector.run([changed], classes, np.zeros(len(classes), np.float32))
+        return proposed(boxes[0], scores[0], detector.rule.size)
+
+    return steady_boxes(answer, given.pixels)
 
 
 class _Listening:
@@ -148,7 +208,7 @@ def _greedy(model: Mammut, tokens: Tensor, prompt: list[int], rule: TextRule) ->
     return _Greedy(tuple(chosen), lead / largest)
 
 
-def _as_stored(model: Mammut, precision: str) -> Mammut:
+def _as_stored(model: Module, precision: str) -> Module:
     """The model with the values that the bundle holds; a copy only where they differ."""
     if precision != "fp16":
         return model

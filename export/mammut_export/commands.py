@@ -208,8 +208,11 @@ def _summary(result: ExportResult) -> list[str]:
     if parity.captions:
         same = sum(caption.verdict == "same" for caption in parity.captions)
         ties = sum(caption.verdict == "tie" for caption in parity.captions)
+        clips = sum(caption.clip for caption in parity.captions)
         lines.append(
-            f"captions: {same} of {len(parity.captions)} the same token for token"
+            f"captions: {same} of {len(parity.captions)}"
+            + (f" ({clips} of them of clips)" if clips else "")
+            + " the same token for token"
             + (f", {ties} part at a tie" if ties else "")
         )
     if result.quantized is not None:

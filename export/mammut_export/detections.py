@@ -6,7 +6,7 @@ them not at all. So proposals are compared by where they are, not by their numbe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,23 @@ from mammut_runtime.detection.vocabulary import Vocabulary
 from mammut_runtime.model import Model
 
 Arrays = dict[str, NDArray[Any]]
+LOST_IN_HALF = 0.05
+"""Share of a picture's proposals that may be others where float16 is involved. Of two places side by side that are
+about equally good, only the better one is proposed. With a detector that knows nothing, 1 of 64 was another in every
+fourth picture, with a trained one none in eight."""
+DIFFERENT_IN_HALF = 0.1
+"""Share of what is found in all pictures that may differ for this reason: as much as the gate allows."""
 PIXELS, SCORE = 0.5, 1e-3
 """Boxes may differ by so many pixels, scores by so much: a fiftieth of what a person sees."""
 _NOTHING = 1e-6
 """Scores below it are of places that are no proposals at all: they fill the fixed number up, in any order."""
 
 
-def aligned(got: Arrays, wanted: Arrays) -> tuple[Arrays, Arrays]:
+def aligned(got: Arrays, wanted: Arrays, half: bool = False) -> tuple[Arrays, Arrays]:
     """Both outputs with the proposals of `got` in the order of `wanted`; those that say nothing are zero in both.
 
     A proposal that only one of them has counts as missing (NaN), unless its scores are within SCORE of the lowest
-    that the graph had room for.
+    that the graph had room for, or, where float16 is involved (half), it is one of a few: LOST_IN_HALF.
     """
     boxes, scores = got["boxes"].copy(), got["scores"].copy()
     right = {name: value.copy() for name, value in wanted.items()}
@@ -43,6 +49,8 @@ def aligned(got: Arrays, wanted: Arrays) -> tuple[Arrays, Arrays]:
         lost = order < 0
         taken_boxes[lost], taken_scores[lost] = np.nan, np.nan
         silent = _best(right["scores"][row]) < (_NOTHING if least < _NOTHING else least + SCORE)
+        if half and (lost & ~silent).sum() <= LOST_IN_HALF * len(lost):
+            silent |= lost
         for values in (taken_boxes, taken_scores, right["boxes"][row], right["scores"][row]):
             values[silent] = 0
         boxes[row], scores[row] = taken_boxes, taken_scores
@@ -76,8 +84,14 @@ class DetectionParity:
 
     picture: str
     found: int
+    different: int
+    """Things that only one of them found, or both with another score."""
     problem: str
-    """What differs, or ""."""
+    """The first of them in words, or ""."""
+    excused: bool = False
+    """It is one of a few, in a bundle with float16: see DIFFERENT_IN_HALF."""
+    example: Detections | None = field(default=None, repr=False, compare=False)
+    """What the runtime found, for a report."""
 
 
 class _Core:
@@ -98,9 +112,12 @@ def names_for(detector: Detector, most: int = 40) -> tuple[str, ...]:
 
 
 def compare_detections(
-    model: Model, detector: Detector, pictures: list[tuple[str, NDArray[np.uint8]]]
+    model: Model, detector: Detector, pictures: list[tuple[str, NDArray[np.uint8]]], half: bool = False
 ) -> list[DetectionParity]:
-    """The runtime's whole way from pictures to detections, against the core's with the runtime's own NMS."""
+    """The runtime's whole way from pictures to detections, against the core's with the runtime's own NMS.
+
+    half: whether float16 is involved, so that a few differences are excused.
+    """
     core = PictureDetector(_Core(detector), model.bundle, lambda: model.text)  # type: ignore[arg-type]
     vocabulary = model.vocabulary(names_for(detector))
     found = []
@@ -110,8 +127,11 @@ def compare_detections(
         ours = model.detect(pixels, vocabulary, threshold=threshold)
         theirs = core.detect([square], vocabulary, threshold=threshold)[0]
         scale = max(pixels.shape[:2]) / detector.config.image_size
-        found.append(DetectionParity(name, len(theirs.detections), difference(ours, theirs, threshold, scale)))
-    return found
+        differ = differences(ours, theirs, threshold, scale)
+        found.append(DetectionParity(name, len(theirs), len(differ), differ[0] if differ else "", example=ours))
+    different, every = sum(each.different for each in found), sum(each.found for each in found)
+    excused = half and different <= DIFFERENT_IN_HALF * every
+    return [replace(each, excused=excused and bool(each.problem)) for each in found]
 
 
 def _threshold(core: PictureDetector, square: Square, vocabulary: Vocabulary) -> float:
@@ -120,26 +140,26 @@ def _threshold(core: PictureDetector, square: Square, vocabulary: Vocabulary) ->
     return float(min(core.rule.threshold, np.sort(best)[-min(5, len(best))]))
 
 
-def difference(ours: Detections, theirs: Detections, threshold: float, scale: float) -> str:
-    """What one has and the other has not, or "". Near the threshold (within SCORE) either is right.
+def differences(ours: Detections, theirs: Detections, threshold: float, scale: float) -> list[str]:
+    """What one has and the other has not, in words. Near the threshold (within SCORE) either is right.
 
     scale: pixels of the picture for one of the detector's input.
     """
-    left = list(ours.detections)
+    left, found = list(ours.detections), []
     for want in theirs.detections:
         nearest = min(left, key=lambda each: _apart(each, want), default=None)
         if nearest is not None and _apart(nearest, want) <= PIXELS * scale:
             if abs(nearest.score - want.score) > SCORE:
-                return f"{want.name}: score {nearest.score:.4f}, the core's {want.score:.4f}"
+                found.append(f"{want.name}: score {nearest.score:.4f}, the core's {want.score:.4f}")
             left.remove(nearest)
         elif want.score > threshold + SCORE:
-            return f"{want.name} with score {want.score:.4f} is missing"
+            found.append(f"{want.name} with score {want.score:.4f} is missing")
     extra = [each for each in left if each.score > threshold + SCORE]
-    return f"{extra[0].name} with score {extra[0].score:.4f} is too much" if extra else ""
+    return found + [f"{each.name} with score {each.score:.4f} is too much" for each in extra]
 
 
 def _apart(a: Detection, b: Detection) -> float:
     if a.name != b.name:
         return float("inf")
     corners = ((getattr(a.box, key), getattr(b.box, key)) for key in ("x0", "y0", "x1", "y1"))
-    return max(abs(one - other) for one, other in corners)
+    return max(abs(float(one) - float(other)) for one, other in corners)

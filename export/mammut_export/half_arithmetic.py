@@ -155,11 +155,11 @@ def _clip(values: Array, low: Array | None = None, high: Array | None = None) ->
 
 
 def _some_rows(left: Array) -> Array:
-    """Not all rows of a large matrix, the same for the same shape and values."""
+    """Not all rows of a large matrix: the same for values as they are and for the same values rounded to float16."""
     rows = left.shape[-2]
     if rows <= MOST_ROWS:
         return left
-    largest = np.abs(left).max(axis=-1).reshape(-1, rows).max(axis=0)
+    largest = HALF.round(np.abs(left).max(axis=-1).reshape(-1, rows).max(axis=0))
     chosen = set(np.argsort(-largest, kind="stable")[: MOST_ROWS // 2].tolist())
     chosen |= set(np.linspace(0, rows - 1, MOST_ROWS // 2).astype(int).tolist())
     return left[..., sorted(chosen), :]

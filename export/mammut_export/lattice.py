@@ -34,10 +34,11 @@ STEPS = ((1, 1, 1, 0), (1, 1, 4, 0), (2, 1, 1, 7), (1, 3, 1, 12), (5, 2, 1, 1), 
 
 
 def replay(
-    graph: str, checkpoint: Checkpoint, info: GraphInfo, engine: Engine, seed: int = 0
+    graph: str, checkpoint: Checkpoint, info: GraphInfo, engine: Engine, seed: int = 0, half: bool = False
 ) -> Iterator[tuple[str, Arrays, Arrays]]:
     """Run one graph at each shape of its lattice.
 
+    half: whether float16 is involved, see detections.aligned.
     Yields what the shape was ("batch 2, beams 3, new 1, past 7"), the engine's outputs, and the core's, by name.
     """
     module, model = traceable(graph, checkpoint, info).module, checkpoint.model
@@ -49,7 +50,7 @@ def replay(
         names = [tensor.name for tensor in info.outputs]
         got = {name: _single(value) for name, value in engine.run(feeds).items()}
         right = {name: value.numpy() for name, value in zip(names, wanted, strict=True)}
-        yield label, *(aligned(got, right) if graph == "detector" else (got, right))
+        yield label, *(aligned(got, right, half) if graph == "detector" else (got, right))
 
 
 def _single(value: NDArray[Any]) -> NDArray[Any]:

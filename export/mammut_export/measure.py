@@ -16,6 +16,7 @@ REPEATS = 7
 FIGURES = {
     "encode_ms": "picture to embedding, ms",
     "encode_clip_ms": "clip to embedding, ms",
+    "detect_ms": "picture to detections of 20 names, ms",
     "text_1_ms": "one text to embedding, ms",
     "text_64_ms": "64 texts to embeddings, ms",
     "caption_ms": "greedy caption of 20 tokens, ms",

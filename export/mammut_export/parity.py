@@ -113,13 +113,17 @@ class Parity:
             for each in self.outputs
             if not each.ok
         ]
-        return found + [
-            f"the caption of {'a clip of ' if each.clip else ''}{each.picture!r} is {list(each.ids)}, PyTorch's "
-            f"{list(each.reference_ids)} "
-            f"(its choice is better by {each.gap:.3g})"
-            for each in self.captions
-            if each.verdict == "different"
-        ] + [f"detections in {each.picture!r}: {each.problem}" for each in self.detections if each.problem]
+        return (
+            found
+            + [
+                f"the caption of {'a clip of ' if each.clip else ''}{each.picture!r} is {list(each.ids)}, PyTorch's "
+                f"{list(each.reference_ids)} "
+                f"(its choice is better by {each.gap:.3g})"
+                for each in self.captions
+                if each.verdict == "different"
+            ]
+            + [f"detections in {each.picture!r}: {each.problem}" for each in self.detections if each.problem and not each.excused]
+        )
 
     def manifest_entries(self) -> dict[str, ParityInfo]:
         """For the manifest. Only when there are no problems."""
@@ -147,12 +151,12 @@ def verify(
 
     tolerance: largest error, relative to each output's largest value.
     """
-    ledger = _Ledger()
+    ledger, half = _Ledger(), manifest.precision != "fp32"
     shapes = []
     for name, info in manifest.graphs.items():
         progress(f"replaying {name}")
         with contextlib.closing(open_engine(folder / info.file, manifest.target, here(manifest.target))) as engine:
-            for label, got, wanted in replay(name, checkpoint, info, engine):
+            for label, got, wanted in replay(name, checkpoint, info, engine, half=half):
                 shapes.append(f"{name}: {label}")
                 for output, reference in wanted.items():
                     ledger.add(f"{name}.{output}", label, got.get(output), reference)
@@ -172,7 +176,7 @@ def verify(
         if model.detects and checkpoint.detector is not None:
             progress("comparing detections")
             pixels = [(sample.name, sample.pixels) for sample in samples]
-            detections = tuple(compare_detections(model, checkpoint.detector, pixels))
+            detections = tuple(compare_detections(model, checkpoint.detector, pixels, half))
         progress("timing")
         timings = tuple(_time(model, samples[0]))
     return Parity(tolerance, outputs, captions, detections, tuple(shapes), drift, timings)

@@ -8,8 +8,8 @@ one graph serves both. What is float16 here:
 
 Islands compute in float32: the nodes that the range audit found (range_audit.py), and those that follow from the graph
 alone: nodes whose weights or constants float16 does not hold, what lies between the last matrix product and a float32
-output (the norm of an embedding), and the softmax of heads of an odd width. pixels, ids, embedding, norm and logits
-keep their types.
+output (the norm of an embedding), what a detector chooses its boxes by and where they are, and the softmax of heads of
+an odd width. pixels, ids, embedding, norm, logits, boxes and scores keep their types.
 
 The same graph runs on ONNX Runtime, where its numbers are checked. Names of nodes and of what flows stay; a Cast is
 named after its tensor: "NAME.half", "NAME.single".
@@ -81,6 +81,8 @@ def structural_islands(graph: ir.Graph) -> dict[str, str]:
             found.setdefault(str(node.name), f"no float16 attention with heads of {width} channels in TensorRT")
     for node in _tails(graph):
         found.setdefault(str(node.name), "between the last matrix product and a float32 output")
+    for node in _choices(graph):
+        found.setdefault(str(node.name), "decides what is chosen, or where it is")
     return found
 
 
@@ -135,6 +137,38 @@ def _tails(graph: ir.Graph) -> Iterator[ir.Node]:
         if ends and results and all(user in tail and user.op_type != "LayerNormalization" for user in users):
             tail.add(node)
             yield node
+
+
+def _choices(graph: ir.Graph) -> Iterator[ir.Node]:
+    """In a graph that chooses the best (TopK): what leads from a product to that choice or to a float32 output, and
+    what is computed of such values alone: a detector's scores and boxes.
+
+    Float16 has one value for many scores, and half a pixel between those above 512.
+    """
+    floats, ends = _float_values(graph), [node.inputs[0] for node in graph if node.op_type == "TopK"]
+    if not ends:
+        return
+    ends += [value for value in graph.outputs if not is_between(str(value.name))]
+    chosen: set[ir.Node] = set()
+    while ends:
+        value = ends.pop()
+        node = value.producer() if value is not None and value in floats else None
+        if node is not None and node not in chosen and not _is_layer(node):
+            chosen.add(node)
+            ends += node.inputs
+    fixed = {value for value in graph.initializers.values()}
+    for node in graph:
+        given = [value for value in node.inputs if value in floats and value not in fixed]
+        if not given:  # a table's entry, or a whole number made a float
+            fixed.update(node.outputs)
+        elif all(value.producer() in chosen for value in given) and not _is_layer(node):
+            chosen.add(node)
+    yield from (node for node in graph if node in chosen)
+
+
+def _is_layer(node: ir.Node) -> bool:
+    """Where values of another kind begin."""
+    return node.op_type in _PRODUCTS | {"LayerNormalization", "ConvTranspose"}
 
 
 class _Typing:

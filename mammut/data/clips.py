@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -49,19 +50,29 @@ class ClipPart:
         start_s, end_s = times[0] or 0.0, math.inf if times[1] is None else times[1]
         if not start_s < end_s:
             raise InputError(f"expected start_s before end_s, got {start_s} and {end_s}")
-        if not (folder / name).is_file():
-            raise InputError(f"{name}: no such file")
+        found = False
+        with contextlib.suppress(OSError):  # a name that is too long, a folder that may not be entered
+            found = (folder / name).is_file()
+        if not found:
+            raise InputError(f"{name[:100]}: no such file")
         return cls(folder / name, start_s, end_s)
 
 
 def read_frames(
-    part: ClipPart, count: int, side: int, *, squash: bool, rng: np.random.Generator | None = None
+    part: ClipPart,
+    count: int,
+    side: int,
+    *,
+    squash: bool = False,
+    enlarge: bool = True,
+    rng: np.random.Generator | None = None,
 ) -> list[Bytes]:
     """Frames spread evenly over a part of a clip, resized as they are decoded: memory does not grow with its length.
 
     Args:
         count: frames. Where the part has fewer, some are repeated, as the runtime does.
         side: of the picture's shorter side, or of both with `squash`, pixels.
+        enlarge: also make smaller frames so large.
         rng: draws each frame from its share of the clip; None takes the middle.
 
     Returns:
@@ -77,7 +88,9 @@ def read_frames(
         def resized() -> Bytes:
             nonlocal size_wh
             pixels = clip.bgr()
-            size_wh = size_wh or _size(pixels.shape[1], pixels.shape[0], side, squash)
+            width, height = pixels.shape[1], pixels.shape[0]
+            wanted = side if enlarge else min(side, width, height)
+            size_wh = size_wh or _size(width, height, wanted, squash)
             shrinks = size_wh[0] * size_wh[1] < pixels.shape[0] * pixels.shape[1]
             small = cv2.resize(pixels, size_wh, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
             return np.ascontiguousarray(small[:, :, ::-1])

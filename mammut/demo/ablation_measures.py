@@ -26,6 +26,8 @@ from mammut_runtime.preprocess import Preprocessor
 SOME = {"flowers": 400, "clothing": 400, "shapes": 400, "photos": 400}
 """Pictures of a kind, at most: drawn once, the same for every row."""
 QUESTIONS = 800
+NAMED = 200
+"""Of the pictures of a kind, those whose names are ranked by the caption pass: it reads every name for each picture."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ def measure(checkpoint: Checkpoint, config: RunConfig, held: HeldOut, suffix: st
     """Shares from 0 to 1, named KIND_MEASURE and `suffix`; with a suffix only what follows from embeddings.
 
     match: the best of all names of the kind is the right one. r1, r5: the right one of all held-out descriptions is the
-    best or among five, and the same for pictures of a description, averaged. caption: written exactly. questions: about
-    shapes, answered exactly.
+    best or among five, and the same for pictures of a description, averaged. caption: written exactly. named: of all
+    names of the kind, the caption pass finds the right one the most probable. questions: about shapes, answered
+    exactly.
     """
     judge, figures = Judge(checkpoint), dict[str, float]()
     both_ways = config.objective.contrastive_weight > 0
@@ -74,6 +77,7 @@ def measure(checkpoint: Checkpoint, config: RunConfig, held: HeldOut, suffix: st
             figures[f"{kind}_match"] = _match(judge, embeddings, pairs)
         if writes and kind != "photos":
             figures[f"{kind}_caption"] = _caption(judge, tokens, pairs)
+            figures[f"{kind}_named"] = _named(judge, tokens, pairs)
         if writes and kind == "shapes":
             figures["questions"] = _questions(judge, tokens, held)
     return {name + suffix: round(value, 6) for name, value in figures.items()}
@@ -117,6 +121,22 @@ def _caption(judge: Judge, tokens: Tensor, pairs: Sequence[Pair]) -> float:
     right = [pair.captions[0] for pair in pairs]
     written = judge.write(tokens, [""] * len(pairs), _longest(judge, right))
     return _share([text == judge.spell(wanted) for text, wanted in zip(written, right, strict=True)])
+
+
+@torch.no_grad()
+def _named(judge: Judge, tokens: Tensor, pairs: Sequence[Pair]) -> float:
+    names, model = sorted({pair.captions[0] for pair in pairs}), judge.model
+    some = pairs[:NAMED]
+    memory = model.memory(tokens[: len(some)])
+    ids = torch.from_numpy(judge.checkpoint.tokenizer.tokenize(names, model.config.text.context_length))
+    scores = []
+    for row in ids:
+        row = row[row != model.text.pad_id]
+        hidden = model.text.caption(row[:-1].expand(len(some), -1), memory)
+        chances = model.text.vocabulary_logits(hidden).log_softmax(dim=-1)
+        scores.append(chances[:, torch.arange(len(row) - 1), row[1:]].sum(dim=1))
+    best = torch.stack(scores, dim=1).argmax(dim=1).tolist()
+    return _share([names[b] == pair.captions[0] for b, pair in zip(best, some, strict=True)])
 
 
 def _questions(judge: Judge, tokens: Tensor, held: HeldOut) -> float:

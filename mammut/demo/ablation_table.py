@@ -26,18 +26,21 @@ _MATCHING = ("flowers_match", "clothing_match", "shapes_match", "photos_r5")
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "matching": _MATCHING,
     "matching, larger": tuple(f"{name}@larger" for name in _MATCHING),
-    "captions": ("flowers_caption", "clothing_caption", "shapes_caption"),
+    "naming": ("flowers_named", "clothing_named", "shapes_named"),
     "questions": ("questions",),
 }
 """What a comparison is judged by: the mean of a few figures, which wavers less than each of them."""
 
 COLUMNS = {
-    "flowers_match": "flowers",
+    "flowers_match": "matched: flowers",
     "clothing_match": "clothing",
     "shapes_match": "shapes",
     "photos_r1": "photos R@1",
     "photos_r5": "photos R@5",
-    "flowers_caption": "caption: flowers",
+    "flowers_named": "named: flowers",
+    "clothing_named": "clothing",
+    "shapes_named": "shapes",
+    "flowers_caption": "written: flowers",
     "clothing_caption": "clothing",
     "shapes_caption": "shapes",
     "questions": "questions",

@@ -29,7 +29,7 @@ from mammut.data.pairs import Pair
 from mammut.data.shards import expand
 from mammut.demo import recipe
 from mammut.demo.ablation_measures import HeldOut, measure
-from mammut.training.loop import Run, tokenizer_bytes
+from mammut.training.loop import CHECKPOINT_FOLDER, Run, tokenizer_bytes
 from mammut.training.objective import ObjectiveOptions
 from mammut.training.parallel import joined
 from mammut.training.recipes import small_set
@@ -168,11 +168,15 @@ def run_rows(
     seeds: int,
     steps: int,
     batch: int = BATCH,
+    measure_again: bool = False,
     note: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Result]:
     """Train and measure what OUT/results.jsonl does not have yet, seed by seed; gives every result as it is there.
 
     Seed by seed, so that a table of fewer seeds is whole when this is stopped.
+
+    Args:
+        measure_again: also measure what is there, from its checkpoint, after measures have changed.
 
     Raises:
         InputError: OUT has a result of the same row and seed from another setup.
@@ -193,7 +197,11 @@ def run_rows(
                 note(f"row {row.name}, seed {seed}")
                 batches = batches or draw_batches(config)
                 done = _finished(row, config, digest, batches, held_out, out)
-                append_result(out, done)
+                keep_result(out, done)
+            elif measure_again:
+                note(f"row {row.name}, seed {seed}: measured again")
+                done = dataclasses.replace(done, figures=_figures(config, _folder(config, row, out), held_out))
+                keep_result(out, done)
             yield done
 
 
@@ -227,7 +235,7 @@ def setup_digest(config: RunConfig, prepared: Prepared) -> str:
 def _finished(
     row: Row, config: RunConfig, digest: str, batches: Sequence[LoadedBatch], held_out: HeldOut, out: Path
 ) -> Result:
-    folder, began, stage = out / "runs" / f"{row.name}-{config.seed}", time.monotonic(), config.stages[0]
+    folder, began, stage = _folder(config, row, out), time.monotonic(), config.stages[0]
     with joined("cpu") as place:
         run = Run(config, folder, place, lambda message: None)
         with RunLog(folder, 0, config.steps, tensorboard=False) as log:
@@ -236,13 +244,21 @@ def _finished(
                 log.step(run.step)
                 if run.step % config.save.log_every == 0:
                     log.row({"step": run.step, **losses, "gradient_norm": norm})
-        checkpoint = str(run.write_checkpoint())
+        run.write_checkpoint()
     took = time.monotonic() - began
-    size = LARGER * config.model.vision.image_size
-    figures = measure(load_checkpoint(checkpoint), config, held_out)
-    figures |= measure(load_checkpoint(checkpoint, image_size=size), config, held_out, suffix="@larger")
     pictures = config.steps * config.batch_size
+    figures = _figures(config, folder, held_out)
     return Result(row.name, config.seed, config.steps, pictures, digest, round(took, 1), figures)
+
+
+def _folder(config: RunConfig, row: Row, out: Path) -> Path:
+    return out / "runs" / f"{row.name}-{config.seed}"
+
+
+def _figures(config: RunConfig, folder: Path, held_out: HeldOut) -> dict[str, float]:
+    checkpoint, size = str(folder / CHECKPOINT_FOLDER), LARGER * config.model.vision.image_size
+    figures = measure(load_checkpoint(checkpoint), config, held_out)
+    return figures | measure(load_checkpoint(checkpoint, image_size=size), config, held_out, suffix="@larger")
 
 
 def read_results(out: Path) -> list[Result]:
@@ -261,12 +277,16 @@ def read_results(out: Path) -> list[Result]:
     return found
 
 
-def append_result(out: Path, result: Result) -> None:
-    """One line more, on disk when this returns. Written as a whole new file: a kill leaves the old or the new one."""
-    kept = [*read_results(out), result]
+def keep_result(out: Path, result: Result) -> None:
+    """One line more, or another one for this row and seed; on disk when this returns.
+
+    Written as a whole new file: a kill leaves the old or the new one.
+    """
+    kept = {(each.row, each.seed): each for each in read_results(out)}
+    kept[result.row, result.seed] = result
     partial = out / f"{RESULTS}.partial"
     with partial.open("w", encoding="utf-8") as file:
-        file.write("".join(json.dumps(to_dict(each)) + "\n" for each in kept))
+        file.write("".join(json.dumps(to_dict(each)) + "\n" for each in kept.values()))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(out / RESULTS)

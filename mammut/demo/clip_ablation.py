@@ -1,7 +1,8 @@
 """What sees motion: the same fine-tuning on composed clips with all tubes, with patches alone, with one frame.
 
-`mammut-train clips-ablation`. All rows start from one checkpoint for pictures, take the same number of steps over the
-same clips in the same order, and answer the same held-out questions; they differ only in which pixels become tokens.
+`mammut-train clips-ablation`. All rows start from one checkpoint for pictures, or from one small model with
+random weights; they take the same number of steps over the same clips in the same order, and answer the same held-out
+questions. They differ only in which pixels become tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mammut import presets
-from mammut.checkpoint import Checkpoint, load_checkpoint
+from mammut.checkpoint import DEMO_FOLDER, Checkpoint, load_checkpoint, save_checkpoint
 from mammut.config import MammutConfig, VideoConfig
 from mammut.data.clip_scenes import CLIP_QUESTION_KINDS
 from mammut.demo import recipe
@@ -35,14 +37,18 @@ from mammut.demo.clip_evaluation import (
 )
 from mammut.demo.clips import held_out_clips, training_questions
 from mammut.evaluation.bootstrap import Bootstrap, mean_of
+from mammut.model import Mammut
+from mammut.training.initial import structured_start
 from mammut.training.loop import CHECKPOINT_FOLDER, train
 from mammut.training.objective import ObjectiveOptions
 from mammut.training.parallel import Place
-from mammut.training.recipes import small_set
+from mammut.training.recipes import MEAN, STD, small_set
 from mammut.training.run_config import RunConfig, SaveOptions, Source, StageOptions
 from mammut.training.run_log import read_log
 from mammut_runtime.errors import InputError
+from mammut_runtime.preprocess import PreprocessRule
 from mammut_runtime.strict import from_dict, parse_json, to_json
+from mammut_runtime.tokenizer import Tokenizer
 
 ROWS = ("full", "no tubes", "middle frame")
 """Compared by default."""
@@ -79,34 +85,58 @@ def video_of(row: str, model: MammutConfig) -> VideoConfig:
     return videos[row]
 
 
+def small_start(out: Path) -> str:
+    """OUT/start: 1.3 M random weights, the same each time, for pictures of 64 px. Written where it is not there."""
+    folder = out / "start"
+    if not folder.is_dir():
+        tokenizer_json = (DEMO_FOLDER / "tokenizer.json").read_bytes()
+        tokenizer = Tokenizer.from_bytes(tokenizer_json)
+        demo = presets.demo(tokenizer.vocab_size)
+        vision = dataclasses.replace(demo.vision, image_size=64, width=96, layers=3, mlp_width=384)
+        text = dataclasses.replace(demo.text, width=96, layers=2, heads=2, mlp_width=384, cross_after=(0, 1))
+        config = dataclasses.replace(demo, name="small", vision=vision, text=text, embed_dim=96)
+        torch.manual_seed(0)
+        model = Mammut(config, tokenizer.pad_id)
+        structured_start(model, 0)
+        rule = PreprocessRule(64, MEAN, STD, "bilinear", "squash", 0)
+        save_checkpoint(folder, model, tokenizer_json, rule, recipe.PROMPTS)
+    return str(folder)
+
+
 def row_run(data: Path, out: Path, start: str, row: str, steps: int) -> RunConfig:
-    """The fine-tuning of one row. Writes OUT/data where it is not there. Errors as recipe.training_pairs'.
+    """The training of one row. Writes OUT/data where it is not there. Errors as recipe.training_pairs'.
 
     Captions and questions only: matching texts would take a third of the time and is not judged here.
+
+    Args:
+        start: a checkpoint for pictures only; "": OUT/start, a small model with random weights.
     """
-    found = load_checkpoint(start)
-    model = found.model.config
-    if model.video is not None:
-        raise InputError(f"{start}: expected a model for pictures only, got one that has been trained on clips")
     photos, drawings = out / "data" / "photos.tar", out / "data" / "scene-drawings.tar"
     if not photos.is_file():
         recipe.write_whole(photos, recipe.packed(recipe.Training(recipe.photo_pairs(data, "train"), 1.0)))
     if not drawings.is_file():
         recipe.write_whole(drawings, recipe.packed(recipe.Training(recipe.scene_pairs(data), 1.0)))
+    base = _beginning(start or small_start(out), Source((str(photos),), "photo", 1.0), steps)
+    size = base.model.vision.image_size
     source = Source((str(photos),), "moving", 1.0, 0.75, (str(drawings),))
-    base = small_set(model, (Source((str(photos),), "photo", 1.0),), steps, start=start)
-    size = model.vision.image_size
     return dataclasses.replace(
         base,
-        model=dataclasses.replace(model, video=video_of(row, model)),
+        model=dataclasses.replace(base.model, video=video_of(row, base.model)),
         data=dataclasses.replace(base.data, sources=(source,)),
-        preprocess=found.preprocess,
-        prompts=found.prompts,
         objective=ObjectiveOptions(contrastive_weight=0.0),
         stages=(StageOptions(steps, size, 1e-3, min(100, steps // 2), "cosine", False),),
         batch_size=BATCH,
         save=SaveOptions(200, 1, "whole", max(1, min(20, steps // 2)), False, "float32"),
     )
+
+
+def _beginning(start: str, source: Source, steps: int) -> RunConfig:
+    """A run for pictures, before it becomes one for clips."""
+    found = load_checkpoint(start)
+    if found.model.config.video is not None:
+        raise InputError(f"{start}: expected a model for pictures only, got one that has been trained on clips")
+    config = small_set(found.model.config, (source,), steps, start=start)
+    return dataclasses.replace(config, preprocess=found.preprocess, prompts=found.prompts)
 
 
 def planned(

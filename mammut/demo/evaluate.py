@@ -220,7 +220,7 @@ def _photos(judge: Judge, pairs: list[Pair], trained: list[Pair]) -> dict[str, A
     neighbours = [trained[n].captions[0] for n in _neighbours(pairs, trained)]
     overlap = word_overlap(neighbours, texts)
     every = torch.arange(len(pairs))
-    references = [(text,) for text in texts]
+    references: list[tuple[str, ...]] = [(text,) for text in texts]
     ciders = {
         name: float(caption_measures(written, references)[1].mean())
         for name, written in (

@@ -18,7 +18,7 @@ from mammut.checkpoint import Checkpoint
 from mammut.data.scenes import QUESTION_KINDS, Drawing, Scene, compose, plural
 from mammut.demo.evaluate import CHUNK, Judge
 from mammut.demo.scenes import backgrounds, scene_drawings
-from mammut.evaluation.bootstrap import Bootstrap
+from mammut.evaluation.bootstrap import Bootstrap, mean_of
 from mammut_runtime.preprocess import Preprocessor
 
 SCENES = 400
@@ -81,10 +81,7 @@ def share_with_interval(right: Sequence[bool], groups: Sequence[int] | None = No
     values = np.array(right, np.float64)
     inverse = None if groups is None else np.unique(groups, return_inverse=True)[1]
 
-    def statistic(weights: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return weights @ values / weights.sum(axis=1)
-
-    interval = Bootstrap().interval(statistic, len(values), inverse)
+    interval = Bootstrap().interval(mean_of(values), len(values), inverse)
     return {
         "share": round(float(values.mean()), 4),
         "low": round(interval.low, 4),

@@ -106,7 +106,7 @@ def detector_for(model: MammutConfig, templates: tuple[str, ...]) -> DetectorCon
             roi_size=5,
             roi_samples=2,
             roi_convs=2,
-            roi_width=256,
+            roi_width=384,
             residual=True,
             temperature=0.05,
             background_weight=0.9,
@@ -119,14 +119,14 @@ def detector_for(model: MammutConfig, templates: tuple[str, ...]) -> DetectorCon
             templates=templates,
             base_names=(),
         )
-    quarter = vision.layers // 4
+    quarter, grid = vision.layers // 4, 8 * round(1024 / (8 * patch))
     return DetectorConfig(
-        image_size=64 * patch,
-        window=16,
+        image_size=grid * patch,
+        window=grid // 4,
         global_layers=tuple(quarter * k - 1 for k in (1, 2, 3, 4)),
         taps=(last,),
         stem_width=0,
-        strides=(patch // 2, patch, 2 * patch),
+        strides=tuple(patch * k // 4 for k in (1, 2, 4, 8) if patch * k % 4 == 0),
         width=256,
         anchor_scale=8.0,
         proposals=300,

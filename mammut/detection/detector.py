@@ -25,7 +25,7 @@ from mammut_runtime.errors import CheckpointError
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 """The refinement's raw numbers are divided by these: shifts of the centre, logarithms of the sides."""
-FIRST_GAIN = 0.1
+FIRST_GAIN = 0.5
 """Of what the head adds to the encoder's embedding, whose length is 1, before training; its own is about 1."""
 SHORTEST = 1.0
 """Pixels a box is at least wide and high before its refinement."""

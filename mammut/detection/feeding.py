@@ -5,15 +5,18 @@ Every batch follows from the seed and the step's number alone, so a run that is 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mammut.detection.samples import U8, BoxedPicture, BoxedSet
@@ -21,6 +24,8 @@ from mammut_runtime.preprocess import PreprocessRule
 
 SEEN_SHARE = 0.3
 """Of a box that must be left after the crop; less is neither a thing to find nor background."""
+FREQUENT = 0.001
+"""Share of the pictures from which a name needs no repetition (LVIS)."""
 SMALLEST = 4.0
 """Pixels of the input; smaller things are not to be found either."""
 
@@ -41,9 +46,22 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class SetSource:
-    """Any picture of a set, all alike."""
+    """Pictures of a set at random: all alike, or those with uncommon names more often where the set says what is
+    common (LVIS's repeat factors: by the square root of how much rarer than FREQUENT a name is)."""
 
     boxed: BoxedSet
+
+    @functools.cached_property
+    def _until(self) -> NDArray[np.float64]:
+        """float64[n]: the shares of the pictures, each added to those before it."""
+        pictures = self.boxed.pictures
+        if not self.boxed.frequency:
+            return np.arange(1, len(pictures) + 1) / len(pictures)
+        counts = Counter(name for picture in pictures for name in set(picture.labels))
+        factors = {name: max(1.0, (FREQUENT * len(pictures) / count) ** 0.5) for name, count in counts.items()}
+        shares = [max((factors[name] for name in picture.labels), default=1.0) for picture in pictures]
+        until: NDArray[np.float64] = np.cumsum(shares) / np.sum(shares)
+        return until
 
     @property
     def name(self) -> str:
@@ -54,7 +72,8 @@ class SetSource:
         return self.boxed.names
 
     def draw(self, rng: np.random.Generator) -> BoxedPicture:
-        picture = self.boxed.pictures[int(rng.integers(len(self.boxed.pictures)))]
+        place = int(np.searchsorted(self._until, rng.random(), side="right"))
+        picture = self.boxed.pictures[min(place, len(self.boxed.pictures) - 1)]
         if picture.absent is not None:
             return picture
         return replace(picture, absent=tuple(set(self.boxed.names) - set(picture.labels)))
@@ -70,6 +89,8 @@ class Jitter:
     flip: bool = True
     light: float = 0.2
     """Contrast and brightness change by up to this share."""
+    mosaic: float = 0.0
+    """Share of the inputs that are four pictures of half the side: four times the things for the encoder's work."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +122,10 @@ class Batch:
     complete: Tensor
     """bool[B]: whatever has no box, is background. Not so where names are known for some pictures only."""
 
+    def on(self, device: torch.device) -> Batch:
+        """The same there."""
+        return Batch(*(getattr(self, each.name).to(device, non_blocking=True) for each in fields(self)))
+
 
 def batches(
     feeds: Sequence[Fed],
@@ -130,7 +155,7 @@ def batches(
         rows = []
         for number in rng.choice(len(feeds), size=batch_size, p=shares / shares.sum()):
             fed = feeds[int(number)]
-            image, picture = jittered(fed.source.draw(rng), fed.jitter, size, fill, rng)
+            image, picture = varied(fed, size, fill, rng)
             rows.append((image, picture, not federated[fed.source.name]))
         return collate(rows, places, rule)
 
@@ -150,6 +175,33 @@ def batches(
 
 def _federated(source: Source) -> bool:
     return isinstance(source, SetSource) and any(picture.absent is not None for picture in source.boxed.pictures)
+
+
+def varied(fed: Fed, size: int, fill: int, rng: np.random.Generator) -> tuple[U8, BoxedPicture]:
+    """One input of a source: a picture, or four. Errors as Source.draw's."""
+    if rng.random() >= fed.jitter.mosaic:
+        return jittered(fed.source.draw(rng), fed.jitter, size, fill, rng)
+    half = size // 2
+    four = [jittered(fed.source.draw(rng), fed.jitter, half, fill, rng) for _ in range(4)]
+    square = np.full((size, size, 3), fill, np.uint8)
+    boxes = []
+    for number, (image, picture) in enumerate(four):
+        top, left = half * (number // 2), half * (number % 2)
+        square[top : top + half, left : left + half] = image
+        boxes.append(picture.boxes + np.array([left, top] * 2, np.float32))
+    pictures = [picture for _, picture in four]
+    known = set.intersection(*({*picture.labels, *(picture.absent or ())} for picture in pictures))
+    labels = tuple(label for picture in pictures for label in picture.labels)
+    return square, BoxedPicture(
+        name=" + ".join(picture.name for picture in pictures),
+        picture=square,
+        boxes=np.concatenate(boxes),
+        labels=labels,
+        ignore=np.concatenate([picture.ignore for picture in pictures]),
+        absent=tuple(known - set(labels)),
+        # A name that is not known everywhere competes for its own boxes, but not for the background.
+        partial=tuple({name for picture in pictures for name in picture.partial} | (set(labels) - known)),
+    )
 
 
 def jittered(

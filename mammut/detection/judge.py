@@ -64,16 +64,17 @@ def find(
         places = [Letterbox.fit(image.shape[0], image.shape[1], config.image_size) for image in part]
         squares = np.stack([place.apply(image, config.fill) for place, image in zip(places, part, strict=True)])
         pixels = (torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        features = detector.features(pixels)
+        features = detector.features(pixels.to(detector.places.device))
         logits, boxes = detector.proposals(features)
         centerness, boxes = best(peaks(torch.sigmoid(logits), config), boxes, config.proposals)
         pooled = detector.pool(features, boxes)
         seen = detector.encoder_embeddings(pooled)
         deltas, embeddings = detector.describe(features, boxes, pooled, seen)
-        final = refined(boxes, deltas, config.image_size).numpy()
+        final = refined(boxes, deltas, config.image_size).cpu().numpy()
         for name, words in vocabularies.items():
             own = detector.class_logits(embeddings, words.classes)
-            scores = fused(own, detector.encoder_logits(seen, words.classes), words.novel, centerness, config).numpy()
+            other = detector.encoder_logits(seen, words.classes)
+            scores = fused(own, other, words.novel, centerness, config).cpu().numpy()
             for place, row, score in zip(places, final, scores, strict=True):
                 inside = clipped(place.to_picture(row), place.height, place.width)
                 lowest = np.full(score.shape[1], 1e-3, np.float32)
@@ -136,7 +137,7 @@ class SceneJudge:
         every = sorted(SCENE_NAMES)
         base, novel = sorted(SCENE_NAMES - SCENE_NOVEL), sorted(SCENE_NOVEL)
         classes = class_embeddings(checkpoint.model, checkpoint.tokenizer, every, detector.config.templates)
-        new = torch.tensor([float(name not in detector.config.base_names) for name in every])
+        new = torch.tensor([float(name not in detector.config.base_names) for name in every], device=classes.device)
 
         def words(names: Sequence[str]) -> Vocabulary:
             rows = [every.index(name) for name in names]
@@ -187,7 +188,7 @@ def box_figures(checkpoint: Checkpoint, spec: str) -> dict[str, float]:
     file = parsed.read()
     boxed = file.boxed_set(parsed.images or parsed.file.parent)
     classes = class_embeddings(checkpoint.model, checkpoint.tokenizer, boxed.names, detector.config.templates)
-    new = torch.tensor([float(name not in detector.config.base_names) for name in boxed.names])
+    new = torch.tensor([float(name not in detector.config.base_names) for name in boxed.names], device=classes.device)
     images = [picture.rgb() for picture in boxed.pictures]
     found = find(detector, images, {"": Vocabulary(classes, new)}, checkpoint.preprocess)[""]
     precision = Precision(match(file, found))

@@ -61,6 +61,9 @@ class DetectRun:
     names_a_step: Annotated[int, Between(1, 1_000_000)] = 400
     """Names that compete in one step: those of its boxes, and others drawn at random."""
     autocast: Literal["none", "bfloat16"] = "none"
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the weights in the checkpoint, the model's as well: float16 halves the file."""
     seed: int = 0
     threads: Annotated[int, Between(1, 64)] = 1
     """That prepare pictures."""
@@ -94,12 +97,14 @@ def train_detector(
         InputError: nothing to train on, or OUT holds another run.
         MammutError: the loss is not finite or explodes.
     """
-    names = sorted({name for fed in feeds for name in fed.source.names} - novel)
+    names = {name for fed in feeds for name in fed.source.names} - novel
     if not names:
         raise InputError("no names are left to train: every name of the boxes is held out")
+    if start.detector is not None and _same_sizes(start.detector.config, config):
+        names |= set(start.detector.config.base_names)
     if run.steps is None and run.minutes is None:
         raise InputError("expected a number of steps, or minutes")
-    config = replace(config, base_names=tuple(names))
+    config = replace(config, base_names=tuple(sorted(names)))
     work = _Work(start, config, feeds, run, out, note)
     if (out / STATE_FILE).exists():
         if not resume:
@@ -120,10 +125,12 @@ class _Work:
         self.start, self.run, self.feeds, self.out, self.note = start, run, feeds, out, note
         torch.manual_seed(run.seed)
         self.detector = Detector(config, start.model)
-        _take_over(start.detector, self.detector)
+        if start.detector is not None and _same_sizes(start.detector.config, config):
+            self.detector.load_own(start.detector.own_state())
         classes = class_embeddings(start.model, start.tokenizer, config.base_names, config.templates)
-        self.classes = classes
-        self.detector.train().requires_grad_(True)
+        self.device = torch.device(run.device)
+        self.classes = classes.to(self.device)
+        self.detector.to(self.device).train().requires_grad_(True)
         start.model.requires_grad_(False)
         self.optimizers = _optimizers(self.detector, run)
         self.trained = [value for value in self.detector.parameters() if value.requires_grad]
@@ -175,8 +182,8 @@ class _Work:
         share = schedule(min(_PARTS - 1, int(self.progress * _PARTS)), _PARTS, round(run.warmup * _PARTS), "cosine")
         set_learning_rate(self.optimizers, run.learning_rate * share)
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + self.step)
-        batch, classes = self._some_names(batch, generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast == "bfloat16"):
+        batch, classes = self._some_names(batch.on(self.device), generator)
+        with torch.autocast(run.device, torch.bfloat16, enabled=run.autocast == "bfloat16"):
             losses = detection_losses(self.detector, batch, classes, run.losses, generator)
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(self.trained, run.optimizer.clip or float("inf")))
@@ -194,12 +201,12 @@ class _Work:
         """With the names of this step only: those of its boxes and others that are known in some of its pictures."""
         if len(self.classes) <= self.run.names_a_step:
             return batch, self.classes
-        wanted = torch.rand(len(self.classes), generator=generator) * batch.known.any(dim=0)
+        wanted = torch.rand(len(self.classes), generator=generator).to(self.device) * batch.known.any(dim=0)
         wanted[batch.labels[batch.labels >= 0]] = 2.0
         most = max(self.run.names_a_step, int((wanted == 2).sum()))
         chosen = wanted.topk(most).indices.sort().values
-        places = torch.full((len(self.classes),), -1)
-        places[chosen] = torch.arange(most)
+        places = torch.full((len(self.classes),), -1, device=self.device)
+        places[chosen] = torch.arange(most, device=self.device)
         labels = torch.where(batch.labels >= 0, places[batch.labels.clamp(min=0)], batch.labels)
         known, partial = batch.known[:, chosen], batch.partial[:, chosen]
         return replace(batch, labels=labels, known=known, partial=partial), self.classes[chosen]
@@ -213,7 +220,8 @@ class _Work:
     def write_checkpoint(self) -> Path:
         folder, start = self.out / CHECKPOINT_FOLDER, self.start
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
-            save_checkpoint(folder, start.model, start.tokenizer_json, start.preprocess, start.prompts, torch.float16,
+            dtype = torch.float16 if self.run.dtype == "float16" else torch.float32
+            save_checkpoint(folder, start.model, start.tokenizer_json, start.preprocess, start.prompts, dtype,
                             detector=self.detector)  # fmt: skip
         return folder
 
@@ -233,9 +241,10 @@ class _Work:
 
     def save(self) -> None:
         """Write OUT/state.pt, whole or not at all."""
+        trunk = self.start.model.vision.state_dict() if self.run.trunk_rate else {}
         state = {
             "settings": self._settings(), "step": self.step, "elapsed_s": self.elapsed_s, "code": code_version(),
-            "own": self.detector.own_state(), "trunk": self.start.model.vision.state_dict(),
+            "own": self.detector.own_state(), "trunk": trunk,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": [] if self.average is None else self.average.values, "watch": self.watch.state(),
         }  # fmt: skip
@@ -251,7 +260,7 @@ class _Work:
         """Go on from OUT/state.pt. Raises CheckpointError where it is damaged, InputError where it is another run's."""
         path = self.out / STATE_FILE
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location=self.device, weights_only=True)
             settings = state["settings"]
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); remove it to begin again") from error
@@ -260,7 +269,8 @@ class _Work:
         if wrong:
             raise InputError(f"{path}: was saved by a run with other {', '.join(wrong)}; resume with its own options")
         self.detector.load_own(state["own"])
-        self.start.model.vision.load_state_dict(state["trunk"])
+        if state["trunk"]:
+            self.start.model.vision.load_state_dict(state["trunk"])
         for optimizer, each in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(each)
         if self.average is not None:
@@ -272,13 +282,9 @@ class _Work:
         self.note(f"going on from step {self.step}")
 
 
-def _take_over(old: Detector | None, new: Detector) -> None:
-    """The weights of a detector of the same sizes, where there is one."""
-    if old is None or {n: v.shape for n, v in old.own_state().items()} != {
-        n: v.shape for n, v in new.own_state().items()
-    }:
-        return
-    new.load_own(old.own_state())
+def _same_sizes(one: DetectorConfig, other: DetectorConfig) -> bool:
+    """Whether a detector goes on being trained: only prompts and names may be others."""
+    return one == replace(other, templates=one.templates, base_names=one.base_names)
 
 
 def _optimizers(detector: Detector, run: DetectRun) -> tuple[torch.optim.Optimizer, ...]:

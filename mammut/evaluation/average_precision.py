@@ -12,6 +12,7 @@ pictures at once. With every picture once the figures are those of the two offic
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class Matches:
     names: list[list[NameMatches | None]]
     """[size][name]; None: neither boxes nor things."""
     hits: dict[tuple[int, int], float]
-    """(picture, its box) to the score that found it at overlap .5; 0: not found. Crowds are left out."""
+    """(picture, its box) to the score that found it at overlap .5; -inf: not found. Crowds are left out."""
 
     @property
     def boxes(self) -> int:
@@ -144,7 +145,7 @@ def _matched(
             for number, row in enumerate(result["gtIds"]):
                 if not result["gtIgnore"][number]:
                     by = int(result["gtMatches"][HALF, number])
-                    hits[place, int(truth[row - 1])] = float(found.scores[given[by - 1]]) if by else 0.0
+                    hits[place, int(truth[row - 1])] = float(found.scores[given[by - 1]]) if by else -math.inf
     return sized
 
 

@@ -15,7 +15,7 @@ from mammut.checkpoint import Checkpoint, load_checkpoint
 from mammut.detection.coco_results import Found
 from mammut.evaluation.checkpoint_boxes import CheckpointBoxes
 from mammut.evaluation.examples import Image
-from mammut.evaluation.predictor import F32, PredictorOptions, answers
+from mammut.evaluation.predictor import F32, PredictorOptions, answers, is_clip
 from mammut.model import Mammut
 from mammut_runtime import generation
 from mammut_runtime.cached_decoder import CachedDecoder, CacheShape
@@ -51,6 +51,10 @@ def torch_graphs(model: Mammut, device: torch.device) -> Graphs:
         tokens, embedding = model.encode_image(feeds["pixels"])
         return {"tokens": tokens, "embedding": embedding}
 
+    def video(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        tokens, embedding = model.encode_video(feeds["frames"])
+        return {"tokens": tokens, "embedding": embedding}
+
     def text(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"embedding": model.encode_text(feeds["ids"])}
 
@@ -71,6 +75,8 @@ def torch_graphs(model: Mammut, device: torch.device) -> Graphs:
         return found
 
     functions = {"vision": vision, "text": text, "memory": memory, "decoder": decoder}
+    if model.tubes is not None:
+        functions["video"] = video
     return Graphs(tuple(functions), lambda name: TorchGraph(functions[name], device))
 
 
@@ -114,6 +120,11 @@ class CheckpointPredictor:
             "precision": "float32", "weights": self._checkpoint.sha256, "torch": torch.__version__,
         }  # fmt: skip
 
+    @property
+    def frames(self) -> int:
+        video = self._checkpoint.model.config.video
+        return video.frames if video is not None else 0
+
     def embed_pictures(self, images: Sequence[Image]) -> F32:
         return self._see(images)["embedding"]
 
@@ -145,10 +156,22 @@ class CheckpointPredictor:
 
     def _see(self, images: Sequence[Image]) -> Arrays:
         size, parts = self._options.batch_size, []
+        clips = any(is_clip(each) for each in images)
         for at in range(0, len(images), size):
-            pixels = np.stack([self._preprocess(each) for each in images[at : at + size]])
-            parts.append(self._graphs.run("vision", {"pixels": pixels}))
+            some = images[at : at + size]
+            if clips:
+                frames = np.stack([self._clip(each) for each in some])
+                parts.append(self._graphs.run("video", {"frames": frames}))
+            else:
+                pixels = np.stack([self._preprocess(each) for each in some])
+                parts.append(self._graphs.run("vision", {"pixels": pixels}))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _clip(self, image: Image) -> F32:
+        """float32[F, 3, S, S]. Among clips, a picture is a clip that stands still."""
+        if is_clip(image):
+            return np.stack([self._preprocess(each) for each in image])
+        return np.stack([self._preprocess(image)] * self.frames)
 
     def _memory(self, tokens: F32) -> Arrays:
         return self._graphs.run("memory", {"tokens": tokens})

@@ -12,12 +12,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mammut.data.clips import ClipPart, read_frames
 from mammut_runtime.errors import InputError
 from mammut_runtime.pictures import Picture, read_picture
 
 T = TypeVar("T")
 Image = NDArray[np.uint8] | Picture
-"""uint8[H, W, 3] RGB, or a picture as it is stored: what the runtime's Preprocessor takes."""
+"""uint8[H, W, 3] RGB, or a picture as it is stored: what the runtime's Preprocessor takes. For a model that sees clips
+also uint8[F, H, W, 3]."""
+LARGEST_SIDE = 480
+"""Shorter side of a clip's frames, pixels, at which a batch of them still fits into memory; larger ones are shrunk."""
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIP_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -28,7 +32,8 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class PictureRef:
-    """Where a picture lies: a file, a stretch of a tar, or a clip, of which the middle frame stands for the whole."""
+    """Where a picture lies: a file, a stretch of a tar, or a clip, of which the middle frame stands for the whole where
+    a model sees pictures only."""
 
     name: str
     """For messages and pages."""
@@ -48,6 +53,10 @@ class PictureRef:
         if self.is_clip:
             return _middle_frame(self.path)
         return read_picture(self.encoded(), name=self.name, upright=self.upright)
+
+    def frames(self, count: int) -> NDArray[np.uint8]:
+        """uint8[count, H, W, 3] RGB: frames of a clip, spread over it as the runtime does. Raises InputError."""
+        return np.stack(read_frames(ClipPart(self.path), count, LARGEST_SIDE, enlarge=False))
 
     def encoded(self) -> bytes:
         """The bytes of the picture file. Raises InputError."""
@@ -153,12 +162,14 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def read_images(examples: Sequence[Example], problems: Problems) -> list[tuple[Example, Image]]:
-    """The pictures of a batch. Those that cannot be used go to `problems`: an InputError, or left out."""
+def read_images(examples: Sequence[Example], problems: Problems, frames: int = 0) -> list[tuple[Example, Image]]:
+    """The pictures of a batch, and so many frames of its clips (0: the middle one, as a picture). Those that cannot be
+    used go to `problems`: an InputError, or left out."""
     found = []
     for example in examples:
         try:
-            found.append((example, example.picture.read()))
+            whole = frames and example.picture.is_clip
+            found.append((example, example.picture.frames(frames) if whole else example.picture.read()))
         except InputError as problem:
             problems.report([str(problem)])
     return found

@@ -129,10 +129,19 @@ class DiskList:
         self._file.close()
 
 
-def picture_batches(data: EvalSet, options: TaskOptions) -> Iterator[tuple[list[Example], list[Image]]]:
-    """The examples whose pictures can be read, with the pictures, `batch_size` at once."""
+def picture_batches(
+    data: EvalSet, options: TaskOptions, frames: int = 0
+) -> Iterator[tuple[list[Example], list[Image]]]:
+    """The examples whose pictures can be read, with the pictures, `batch_size` at once. frames: as for read_images."""
     for batch in batches(data, options.batch_size):
-        seen = read_images(batch, options.problems)
+        seen = read_images(batch, options.problems, frames)
         if seen:
             yield [example for example, _ in seen], [image for _, image in seen]
         options.advance(len(batch))
+
+
+def clip_notes(clips: int, frames: int) -> tuple[str, ...]:
+    """How clips were looked at, for the report; nothing where there are none. frames: of each, 0: the middle one."""
+    if not clips:
+        return ()
+    return (f"{clips:,} clips: {f'{frames} frames of each' if frames else 'the middle frame stands for each'}",)

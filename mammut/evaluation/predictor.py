@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.detection.boxes import Detections
 from mammut_runtime.engines import EngineOptions
 from mammut_runtime.errors import BundleError, EngineError, InputError
-from mammut_runtime.model import Model
+from mammut_runtime.model import Model, Seen
 from mammut_runtime.pictures import Picture
 
 F32 = NDArray[np.float32]
@@ -70,6 +70,11 @@ class Predictor(Protocol):
     @property
     def facts(self) -> dict[str, str]:
         """What identifies the model, for the report."""
+        ...
+
+    @property
+    def frames(self) -> int:
+        """Of a clip, which it takes in the place of a picture as uint8[frames, H, W, 3]; 0: it sees pictures only."""
         ...
 
     def embed_pictures(self, images: Sequence[Image]) -> F32:
@@ -147,18 +152,22 @@ class BundlePredictor:
             "precision": precision_of(manifest), "content": self._model.bundle.content_hash,
         }  # fmt: skip
 
+    @property
+    def frames(self) -> int:
+        return self._model.manifest.model.video_frames if self._model.watches else 0
+
     def embed_pictures(self, images: Sequence[Image]) -> F32:
-        return np.stack([seen.embedding for seen in self._model.encode_batch(images, batch_size=self._batch)])
+        return np.stack([seen.embedding for seen in self._see(images)])
 
     def embed_texts(self, texts: Sequence[str]) -> F32:
         return self._model.embed_texts(texts)
 
     def caption(self, images: Sequence[Image]) -> list[str]:
-        seen = self._model.encode_batch(images, batch_size=self._batch)
+        seen = self._see(images)
         return [each.text for each in self._model.caption_batch(seen, self._options.caption(), self._batch)]
 
     def answer(self, images: Sequence[Image], questions: Sequence[Sequence[str]]) -> list[list[str]]:
-        seen = self._model.encode_batch(images, batch_size=self._batch)
+        seen = self._see(images)
 
         def write(rows: list[int], prompt: str) -> list[str]:
             options = self._options.caption(prompt)
@@ -173,6 +182,11 @@ class BundlePredictor:
     def close(self) -> None:
         self._model.close()
 
+    def _see(self, images: Sequence[Image]) -> list[Seen]:
+        pictures = [image for image in images if not is_clip(image)]
+        seen = iter(self._model.encode_batch(pictures, batch_size=self._batch) if pictures else [])
+        return [self._model.encode_frames(list(image)) if is_clip(image) else next(seen) for image in images]
+
     @property
     def _batch(self) -> int:
         return self._options.batch_size
@@ -185,6 +199,11 @@ def found_of(detections: Detections, names: Sequence[str], most: int) -> Found:
     boxes = np.array([each.box.xyxy for each in best], np.float64).reshape(-1, 4)
     scores, labels = [each.score for each in best], [place[each.name] for each in best]
     return Found.of_corners(boxes, np.array(scores, np.float64), np.array(labels, np.int64))
+
+
+def is_clip(image: Image) -> TypeGuard[NDArray[np.uint8]]:
+    """Whether these are the frames of a clip."""
+    return isinstance(image, np.ndarray) and image.ndim == 4
 
 
 def precision_of(manifest: Manifest) -> str:
@@ -233,6 +252,10 @@ class CorruptedPredictor:
     def facts(self) -> dict[str, str]:
         return {**self.inner.facts, "corruption": self._kind, "severity": str(self._severity)}
 
+    @property
+    def frames(self) -> int:
+        return self.inner.frames
+
     def embed_pictures(self, images: Sequence[Image]) -> F32:
         return self.inner.embed_pictures(self._corrupted(images))
 
@@ -259,7 +282,10 @@ class CorruptedPredictor:
 
     def _corrupted(self, images: Sequence[Image]) -> list[Image]:
         pixels = [image.rgb() if isinstance(image, Picture) else image for image in images]
-        return [corrupted(each, self._kind, self._severity) for each in pixels]
+        return [self._clip(each) if is_clip(each) else corrupted(each, self._kind, self._severity) for each in pixels]
+
+    def _clip(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.stack([corrupted(each, self._kind, self._severity) for each in frames])
 
 
 def _size(image: Image) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Captions in the forms in which they were published: COCO, Karpathy's splits, Flickr30K.
+"""Captions in the forms in which they were published: COCO, Karpathy's splits, Flickr30K; and of clips (read_clips.py).
 
     COCO captions       {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
     Karpathy's splits   {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}], "dataset"}
@@ -27,16 +27,20 @@ MAX_FILE_BYTES = 4 * 2**30
 def read_captions(path: Path, pictures: Path, split: str | None, problems: Problems) -> EvalSet:
     """A captions file of any of the forms above, with the pictures in a folder.
 
-    split: of Karpathy's file; None takes "test". Other forms have none (InputError).
+    split: of Karpathy's file or MSRVTT's; None takes "test". Other forms have none (InputError).
     Raises InputError: not such a file, a record of another form (named), ids or pictures that are missing.
     """
     if not pictures.is_dir():
         raise InputError(f"{pictures}: expected the folder with the pictures of {path.name}, there is none")
     if path.suffix.lower() == ".json":
         row = read_json(path)
+        if isinstance(row, dict) and "videos" in row:
+            return _of_clips(path, row, pictures, split, problems)
         images = json_field(row, "images", list, str(path))
         karpathy = bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
         known = _karpathy(images, split or "test", path) if karpathy else _coco(row, images, path)
+    elif _begins_as_msvd(path):
+        return _of_clips(path, None, pictures, split, problems)
     else:
         karpathy, known = False, _flickr30k(path)
     if split is not None and not karpathy:
@@ -52,6 +56,32 @@ def read_captions(path: Path, pictures: Path, split: str | None, problems: Probl
     if not examples:
         raise InputError(f"{path}: no captions with a picture in {pictures}; expected at least one")
     return EvalSet.of(path.name, examples)
+
+
+def _of_clips(path: Path, row: Any, clips: Path, split: str | None, problems: Problems) -> EvalSet:
+    """MSRVTT (its JSON is given) or MSVD."""
+    from mammut.evaluation import read_clips, read_questions  # which need what is above and below
+
+    if row is None and split is not None:
+        raise InputError(f"{path}: --split {split}: MSVD's captions have no splits; leave it out")
+    known = read_clips.read_msrvtt(path, row, split or "test") if row is not None else read_clips.read_msvd(path)
+    found = read_clips.find_clips(list(known), read_questions.clip_names(path, clips), clips)
+    missing = [name for name, place in found.items() if place is None]
+    problems.report(missing, len(known), f"{clips}: clips of {path.name}")
+    examples = [Example(PictureRef(name, place), known[name]) for name, place in found.items() if place is not None]
+    if not examples:
+        raise InputError(f"{path}: no captions with a clip in {clips}; expected at least one")
+    return EvalSet.of(path.name, examples)
+
+
+def _begins_as_msvd(path: Path) -> bool:
+    from mammut.evaluation.read_clips import is_msvd
+
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            return is_msvd(file.readline(4096))
+    except OSError:
+        return False  # said by who reads it
 
 
 def find_picture(folder: Path, name: str) -> Path | None:

@@ -117,8 +117,8 @@ def _clips(rows: list[Any], path: Path, folder: Path) -> Asked:
 
 
 def clip_names(path: Path, folder: Path) -> dict[int, str]:
-    """MSVD's names of its clips by the number in vidN, from youtube_mapping.txt beside the file of questions or captions,
-    or beside the clips; empty without it. Raises InputError for a line of another form."""
+    """MSVD's names of its clips by the number in vidN, from youtube_mapping.txt beside the annotations or the clips;
+    empty without it. Raises InputError for a line of another form."""
     place = next((each for each in (path.parent / MAPPING, folder / MAPPING) if each.is_file()), None)
     if place is None:
         return {}

@@ -42,6 +42,10 @@ class ResultsPredictor:
         known = {picture.id: found for picture, found in zip(whole.pictures, given, strict=True)}
         return [known[picture.id] for picture in file.pictures]
 
+    @property
+    def frames(self) -> int:
+        return 0
+
     def embed_pictures(self, images: Sequence[Image]) -> F32:
         self._refuse()
 

@@ -8,7 +8,7 @@ from mammut.evaluation.bootstrap import F64, Statistic, mean_of
 from mammut.evaluation.caption_scores import ORDERS, CiderD, bleu, bleu_counts, rouge_l
 from mammut.evaluation.caption_words import caption_words
 from mammut.evaluation.examples import EvalSet, Example
-from mammut.evaluation.outcome import Measure, Outcome, Shown, TaskOptions, picture_batches
+from mammut.evaluation.outcome import Measure, Outcome, Shown, TaskOptions, clip_notes, picture_batches
 from mammut.evaluation.predictor import Predictor
 from mammut_runtime.errors import InputError
 
@@ -20,7 +20,7 @@ def caption(predictor: Predictor, data: EvalSet, options: TaskOptions) -> Outcom
     """Scores of the model's captions. Raises InputError for a set without captions."""
     kept: list[Example] = []
     written: list[str] = []
-    for examples, images in picture_batches(data.where(lambda each: bool(each.captions)), options):
+    for examples, images in picture_batches(data.where(lambda each: bool(each.captions)), options, predictor.frames):
         written += predictor.caption(images)
         kept += examples
     if not kept:
@@ -36,6 +36,7 @@ def caption(predictor: Predictor, data: EvalSet, options: TaskOptions) -> Outcom
     notes = ["CIDEr-D: how rare words are is counted in this set, so sets of other pictures or sizes do not compare"]
     if len(kept) < FEW:
         notes.append(f"CIDEr-D means nothing with {len(kept)} picture")
+    notes += clip_notes(sum(example.picture.is_clip for example in kept), predictor.frames)
     facts = {"pictures": len(kept), "captions": sum(len(example.captions) for example in kept)}
     return Outcome(measures, better.astype(np.float64), show, facts, tuple(notes))
 

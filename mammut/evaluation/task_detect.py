@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def detect(predictor: Predictor, data: BoxData, options: TaskOptions) -> Outcome
     judged = _Judged(file, data.folder, found, matches, best_threshold(matches))
     measures = _measures(Precision(matches), file, options)
     keys = sorted(matches.hits)
-    hits = np.array([matches.hits[key] >= judged.threshold > 0 for key in keys], np.float64)
+    hits = np.array([matches.hits[key] >= judged.threshold for key in keys], np.float64)
     facts = {"pictures": len(file.pictures), "boxes": len(keys), "names": len(file.categories)}
     return Outcome(tuple(measures), hits, lambda index: _shown(judged, *keys[index]), facts, _notes(judged, options))
 
@@ -187,7 +188,7 @@ def _groups(file: BoxFile, options: TaskOptions) -> list[tuple[str, set[int]]]:
 
 
 def best_threshold(matches: Matches) -> float:
-    """The score from which boxes are best taken, by F1 over all names at overlap .5; 0 where nothing is found."""
+    """The score from which boxes are best taken, by F1 over all names at overlap .5; inf where nothing is found."""
     bit = 1 << HALF
     each = [names for names in matches.names[0] if names is not None]
     scores = np.concatenate([names.scores for names in each])
@@ -196,18 +197,20 @@ def best_threshold(matches: Matches) -> float:
     wrong = np.cumsum(np.concatenate([(names.wrong & bit) > 0 for names in each])[order])
     things = sum(int(names.things[1].sum()) for names in each)
     if not len(scores) or not right[-1]:
-        return 0.0
+        return math.inf
     return float(scores[order][np.argmax(2 * right / (right + wrong + things))])
 
 
 def _notes(judged: _Judged, options: TaskOptions) -> tuple[str, ...]:
     file, matches = judged.file, judged.matches
     notes = [*file.counts.lines()]
-    if file.counts.crowds:
-        notes.append(f"{file.counts.crowds:,} crowds are neither found nor missed")
+    crowds = sum(int(picture.crowd.sum()) for picture in file.pictures) * (not file.federated)
+    if crowds:
+        notes.append(f"{crowds:,} crowds are neither found nor missed")
     if matches.boxes > MOST_RESAMPLED:
         notes.append(f"no intervals: {matches.boxes:,} boxes, over {MOST_RESAMPLED:,}; --limit takes fewer pictures")
-    notes.append(f"hits and misses are shown for boxes with a score of {judged.threshold:.3g} or more (best F1)")
+    if math.isfinite(judged.threshold):
+        notes.append(f"hits and misses are shown for boxes with a score of {judged.threshold:.3g} or more (best F1)")
     return tuple(notes)
 
 
@@ -218,7 +221,7 @@ def _shown(judged: _Judged, place: int, row: int) -> Shown:
     """One thing of the truth, and all that was found in its picture."""
     picture, found = judged.file.pictures[place], judged.found[place]
     names, score = judged.file.names, judged.matches.hits[place, row]
-    kept = np.flatnonzero((found.scores >= judged.threshold) & (found.scores > 0))
+    kept = np.flatnonzero(found.scores >= judged.threshold)
     kept = kept[np.argsort(-found.scores[kept], kind="stable")][:_MOST_DRAWN]
     boxes = corners(found.boxes[kept])
     right = verdicts(boxes, found.labels[kept], picture.xyxy, picture.categories)
@@ -228,8 +231,8 @@ def _shown(judged: _Judged, place: int, row: int) -> Shown:
     ]
     truth = DrawnBox(_corners(picture.xyxy[row]), "truth")
     name = names[picture.categories[row]]
-    hit = score >= judged.threshold > 0
-    said = f"found with {score:.2f}" if hit else f"only with {score:.2g}" if score else "not found"
+    hit = score >= judged.threshold
+    said = f"found with {score:.2f}" if hit else f"only with {score:.2g}" if math.isfinite(score) else "not found"
     wrong = int((~right).sum())
     more = (f"{wrong} more that are wrong",) if wrong else ()
     return Shown(_ref(picture, judged.folder), "", (name,), (said, *more), float(hit), (*drawn, truth))

@@ -6,7 +6,7 @@ import numpy as np
 
 from mammut.evaluation.bootstrap import mean_of
 from mammut.evaluation.examples import EvalSet, Example, Question
-from mammut.evaluation.outcome import Measure, Outcome, Shown, TaskOptions, picture_batches
+from mammut.evaluation.outcome import Measure, Outcome, Shown, TaskOptions, clip_notes, picture_batches
 from mammut.evaluation.predictor import Predictor
 from mammut.evaluation.vqa_accuracy import exact_match, vqa_accuracy
 from mammut_runtime.errors import InputError
@@ -20,7 +20,7 @@ def questions(predictor: Predictor, data: EvalSet, options: TaskOptions) -> Outc
     group: list[int] = []
     pictures = 0
     clips = 0
-    for examples, images in picture_batches(data.where(lambda each: bool(each.questions)), options):
+    for examples, images in picture_batches(data.where(lambda each: bool(each.questions)), options, predictor.frames):
         given = predictor.answer(images, [[each.text for each in example.questions] for example in examples])
         for example, answers in zip(examples, given, strict=True):
             for question, answer in zip(example.questions, answers, strict=True):
@@ -45,8 +45,8 @@ def questions(predictor: Predictor, data: EvalSet, options: TaskOptions) -> Outc
         example, question, answer, score = asked[index]
         return Shown(example.picture, question.text, question.answers[:_SHOWN_ANSWERS], (answer,), score)
 
-    notes = (f"{clips:,} clips: the middle frame stands for each",) if clips else ()
-    return Outcome(tuple(measures), scores, show, {"pictures": pictures, "questions": len(asked)}, notes)
+    facts = {"pictures": pictures, "questions": len(asked)}
+    return Outcome(tuple(measures), scores, show, facts, clip_notes(clips, predictor.frames))
 
 
 def _score(answer: str, question: Question) -> float:

@@ -30,7 +30,7 @@ class _Stored:
         self.without = 0
 
     def fill(self, predictor: Predictor, data: EvalSet, options: TaskOptions) -> None:
-        for examples, images in picture_batches(data.where(self._has_caption), options):
+        for examples, images in picture_batches(data.where(self._has_caption), options, predictor.frames):
             self.pictures.append(predictor.embed_pictures(images))
             texts = [caption for example in examples for caption in example.captions]
             self.texts.append(predictor.embed_texts(texts))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mammut_runtime.manifest import Canary
+from mammut_runtime.manifest import Canary, CanaryBox
 
 _BLOCKS_HW = (6, 8)
 _BLOCK_SALT = 0x80000000
@@ -32,6 +32,9 @@ class CanaryAnswers:
     """The picture's greedy caption, without start and end."""
     clip_embedding: NDArray[np.float32] | None = None
     """Of the picture's `moving_crops`."""
+    boxes: NDArray[np.float32] | None = None
+    """Everything that the detector proposes in the picture, float32[P, 5]: left, top, right, bottom as parts of the
+    input's side, and the highest score."""
 
     @property
     def embeddings(self) -> dict[str, NDArray[np.float32] | None]:
@@ -45,7 +48,8 @@ class CanaryResult:
 
     ok: bool
     worst_error: float
-    """Largest difference of a component of an embedding; infinite if one is missing, of another size, or NaN."""
+    """Largest difference of a component of an embedding, of a box or of a score; infinite if one is missing, of another
+    size, or NaN."""
     message: str
     """One line for people, also when all is well."""
 
@@ -86,6 +90,21 @@ def moving_crops(picture: NDArray[np.uint8], frames: int) -> list[NDArray[np.uin
     return [picture[y : y + sides[0][0], x : x + sides[1][0]] for y, x in starts]
 
 
+def canary_classes(canary: Canary, embed_dim: int) -> NDArray[np.float32]:
+    """What the detector is asked for, float32[C, E]: a vector with all components equal, of unit length, and the
+    canary's embeddings of its picture and its text, as far as it has them."""
+    even = np.full(embed_dim, embed_dim**-0.5)
+    rows = [even, *(each for each in (canary.embedding, canary.text_embedding) if each)]
+    return np.array(rows, np.float32)
+
+
+def proposed(boxes: NDArray[np.float32], scores: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """What the graph gives for one picture, boxes float32[P, 4] in pixels and scores float32[P, C], as
+    CanaryAnswers.boxes. size: side of the input."""
+    found: NDArray[np.float32] = np.concatenate([boxes / size, scores.max(axis=1, keepdims=True)], axis=1)
+    return found
+
+
 def compare(expected: Canary, answers: CanaryAnswers) -> CanaryResult:
     """Compare a replay with what was recorded."""
     problems: list[str] = []
@@ -97,6 +116,12 @@ def compare(expected: Canary, answers: CanaryAnswers) -> CanaryResult:
         worst = max(worst, error)
         if not error <= expected.tolerance:
             problems.append(f"{name} differs by {error:.2g}, tolerance {expected.tolerance:.2g}")
+    if answers.boxes is not None:
+        error = max((box_distance(each, answers.boxes) for each in expected.boxes), default=0.0)
+        error = error if np.isfinite(answers.boxes).all() else float("inf")
+        worst = max(worst, error)
+        if not error <= expected.tolerance:
+            problems.append(f"boxes differ by {error:.2g}, tolerance {expected.tolerance:.2g}")
     if answers.caption_ids is not None and answers.caption_ids != expected.caption_ids:
         problems.append(f"caption ids {_shown(answers.caption_ids)}, expected {_shown(expected.caption_ids)}")
     if all(each is None for each in vars(answers).values()):
@@ -105,6 +130,12 @@ def compare(expected: Canary, answers: CanaryAnswers) -> CanaryResult:
         advice = "this device or engine computes something else than where the bundle was exported"
         return CanaryResult(False, worst, f"canary differs: {'; '.join(problems)}; {advice}")
     return CanaryResult(True, worst, f"canary reproduced: worst error {worst:.2g}, tolerance {expected.tolerance:.2g}")
+
+
+def box_distance(want: CanaryBox, found: NDArray[np.float32]) -> float:
+    """The largest difference, in an edge or in the score, of the nearest proposal of CanaryAnswers.boxes."""
+    difference = np.abs(np.array([*want.box, want.score]) - found.astype(np.float64)).max(axis=1)
+    return float(np.min(difference, initial=np.inf, where=np.isfinite(difference)))
 
 
 def _scramble(seed: int, index: NDArray[np.int64]) -> NDArray[np.int64]:

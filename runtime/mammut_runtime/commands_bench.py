@@ -10,17 +10,21 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from mammut_runtime import console
 from mammut_runtime.canary import canary_picture
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.commands_inputs import ModelSettings, json_option, model_options
+from mammut_runtime.detection.vocabulary import Entry, Vocabulary
 from mammut_runtime.doctor import Report, bundle_bytes, examine, peak_memory_bytes
 from mammut_runtime.memory_use import measure_memory
 from mammut_runtime.model import Model, Seen
 
 WARM_UP = 2
 PROMPTS = 64
+NAMES = 20
+"""To be found in a picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,8 @@ class BenchResult:
     """A camera frame of 1920 x 1080."""
     encode_clip_ms: float | None
     """A clip for the video graph, of frames as for encode_ms; None for a bundle without it."""
+    detect_ms: float | None
+    """Such a picture through the detector, 20 names, NMS included; None for a bundle without it."""
     text_1_ms: float | None
     text_64_ms: float | None
     """Text tower, tokenizer included; None for a bundle without it."""
@@ -113,6 +119,7 @@ def measure(settings: ModelSettings, repeats: int, tokens: int) -> BenchResult:
             encode_ms=_median_ms(lambda: model.encode(picture), repeats),
             encode_1080p_ms=_median_ms(lambda: model.encode(frame), repeats),
             encode_clip_ms=_median_ms(lambda: model.encode_frames(clip), repeats) if model.watches else None,
+            detect_ms=_median_ms(_detecting(model, picture), repeats) if model.detects else None,
             text_1_ms=_median_ms(lambda: texts.embed(1), repeats) if "text" in graphs else None,
             text_64_ms=_median_ms(lambda: texts.embed(PROMPTS), max(1, repeats // 2)) if "text" in graphs else None,
             caption_ms=captions[0] if captions else None,
@@ -135,6 +142,7 @@ def describe(result: BenchResult) -> list[str]:
         ("picture encode", result.encode_ms, "ms"),
         ("picture encode, 1920x1080", result.encode_1080p_ms, "ms"),
         ("clip encode", result.encode_clip_ms, "ms"),
+        (f"detection, {NAMES} names", result.detect_ms, "ms"),
         ("text tower, 1 prompt", result.text_1_ms, "ms"),
         (f"text tower, {PROMPTS} prompts", result.text_64_ms, "ms"),
         (f"caption, {result.tokens} tokens, greedy", result.caption_ms, "ms"),
@@ -164,6 +172,16 @@ class _Texts:
     def embed(self, count: int) -> None:
         self._count += count
         self._model.embed_texts([f"a photo of a thing {self._count + each:05d}" for each in range(count)])
+
+
+def _detecting(model: Model, picture: NDArray[np.uint8]) -> Callable[[], Any]:
+    """Random names: their embeddings are no part of the figure."""
+    rows = np.random.default_rng(1).standard_normal((NAMES, model.manifest.model.embed_dim)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    entries = tuple(Entry(f"name {index}") for index in range(NAMES))
+    manifest = model.manifest
+    vocabulary = Vocabulary(entries, rows, model.bundle.content_hash, manifest.model.name, ("{}",))
+    return lambda: model.detect(picture, vocabulary)
 
 
 def _captions(model: Model, seen: Seen, repeats: int, tokens: int) -> tuple[float, int, float | None]:

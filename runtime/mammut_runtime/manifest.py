@@ -48,6 +48,7 @@ Prompt = Annotated[
 ]
 Component = Annotated[float, Between(-1.001, 1.001)]
 """Of a unit vector; the margin is for rounding."""
+_Share = Annotated[float, Between(0, 1)]
 
 _TENSOR_NAME = Matching(r"[a-z_][a-z0-9_]*(\.[0-9]+)?", "a tensor name such as 'pixels' or 'past_k.0'")
 _OUTPUT_NAME = Matching(r"[a-z][a-z0-9_.]*", "a name such as 'vision.embedding'")
@@ -239,6 +240,16 @@ class DriftInfo:
 
 
 @dataclass(frozen=True)
+class CanaryBox:
+    """Something that the detector proposes in the canary picture."""
+
+    box: tuple[_Share, _Share, _Share, _Share]
+    """Left, top, right, bottom in the square input, as parts of its side."""
+    score: _Share
+    """The highest of the canary's classes."""
+
+
+@dataclass(frozen=True)
 class Canary:
     """Small inputs and what the bundle made of them where it was exported. The device replays them (canary.py)."""
 
@@ -254,11 +265,14 @@ class Canary:
     caption_ids: Annotated[tuple[TokenId, ...], Length(0, 8192)]
     """Expected greedy caption of the picture, ids without start and end; empty in a bundle without `decoder`."""
     tolerance: Annotated[float, Between(1e-9, 1)]
-    """Largest difference of a component of an embedding."""
+    """Largest difference of a component of an embedding, of a score, and of an edge of a box as a part of the side."""
     picture_hw: tuple[Annotated[int, Between(1, 4096)], Annotated[int, Between(1, 4096)]] = (192, 256)
     """Height and width of the canary picture, pixels. Not the model's: resizing and cropping are replayed too."""
     clip_embedding: Annotated[tuple[Component, ...], Length(0, 16_384), Omissible()] = ()
     """Expected embedding of the canary clip, E components; empty in a bundle without `video`."""
+    boxes: Annotated[tuple[CanaryBox, ...], Length(0, 64), Omissible()] = ()
+    """Expected among the proposals of `detector`, each with its score; empty in a bundle without that graph, and where
+    none is far enough from a tie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +388,8 @@ class Manifest:
             expected = size if graph in self.graphs else 0
             if found != expected:
                 yield f"canary.{key}: expected {expected} components (graphs and model.embed_dim say so), got {found}"
+        if canary.boxes and "detector" not in self.graphs:
+            yield f"canary.boxes: expected none in a bundle without 'detector', got {len(canary.boxes)}"
         lengths = (self.text.text_length or 1, self.text.text_length or self.text.context_length)
         shortest, longest = lengths if "text" in self.graphs else (0, 0)
         if not shortest <= len(canary.ids) <= longest:

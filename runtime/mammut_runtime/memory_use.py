@@ -2,8 +2,8 @@
 
 The growth is counted from a process that has everything but weights: the libraries are loaded, the tokenizer is read,
 and the bundle's engine has started, opened a graph of one node and run it. It ends when every graph of the bundle was
-opened and used once: a picture, a clip, a text, a greedy caption. So it holds the weights in whatever form the engine keeps
-them, what it compiled for them, and the buffers of one call.
+opened and used once: a picture, a clip, a text, a greedy caption, a name looked for. So it holds the weights in
+whatever form the engine keeps them, what it compiled for them, and the buffers of one call.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ def measure_memory(model: Model, options: EngineOptions) -> MemoryUse:
         model.encode_frames(moving_crops(canary_picture(1, (64, 64)), model.manifest.model.video_frames))
     if "text" in model.manifest.graphs:
         model.embed_texts(["a photo"])
+    if model.detects:
+        embeddings = np.full((1, model.manifest.model.embed_dim), model.manifest.model.embed_dim**-0.5, np.float32)
+        square = model.detector.square(canary_picture(1, (64, 64)), "rgb")
+        model.detector.run([square], embeddings, np.ones(1, np.float32))
     gc.collect()
     after = resident_bytes()
     return MemoryUse(weights, None if before is None or after is None else max(0, after - before))

@@ -24,7 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mammut_runtime.bundle import TOKENIZER_FILE, Bundle, Canary, Manifest
-from mammut_runtime.canary import CanaryAnswers, CanaryResult, canary_picture, compare, moving_crops
+from mammut_runtime.canary import (
+    CanaryAnswers,
+    CanaryResult,
+    canary_classes,
+    canary_picture,
+    compare,
+    moving_crops,
+    proposed,
+)
 from mammut_runtime.caption_options import CaptionOptions
 from mammut_runtime.captioner import Captioner, Memory
 from mammut_runtime.detection.boxes import Detections
@@ -216,15 +224,18 @@ class Model:
         exemplars: Sequence[Exemplar] = (),
         templates: Sequence[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        context: bool = True,
     ) -> Vocabulary:
         """Names to detect, made once: at most 10,000 together.
 
         negatives: names that compete and are not reported. exemplars: pictures of things in place of their names.
         templates: prompts for the words; None takes the bundle's own. progress: called with (done, of how many).
+        context: where there are few names, some that the detector was trained with join in, unreported: a single name
+        would get everything that is there.
         Raises BundleError for a bundle without a detector, InputError for names that are empty or given twice.
         """
         pictures, notices = embed_exemplars(self, exemplars) if exemplars else ([], ())
-        return self.detector.vocabulary(names, negatives, pictures, templates, progress, notices)
+        return self.detector.vocabulary(names, negatives, pictures, templates, progress, notices, context)
 
     @property
     def watches(self) -> bool:
@@ -356,7 +367,7 @@ class Model:
 
     def canary_answers(self, canary: Canary) -> CanaryAnswers:
         """What this model makes of the canary's inputs. The exporter records it, `replay_canary` compares with it."""
-        embedding = text_embedding = caption_ids = clip_embedding = None
+        embedding = text_embedding = caption_ids = clip_embedding = boxes = None
         picture = canary_picture(canary.seed, canary.picture_hw)
         if "vision" in self.manifest.graphs:
             seen = self.encode(picture)
@@ -367,7 +378,12 @@ class Model:
             text_embedding = self._graphs.run("text", {"ids": np.array([canary.ids], np.int64)})["embedding"][0]
         if self.watches:
             clip_embedding = self.encode_frames(moving_crops(picture, self.manifest.model.video_frames)).embedding
-        return CanaryAnswers(embedding, text_embedding, caption_ids, clip_embedding)
+        if self.detects:
+            classes = canary_classes(canary, self.manifest.model.embed_dim)
+            square = self.detector.square(picture, "rgb")
+            found, scores = self.detector.run([square], classes, np.zeros(len(classes), np.float32))
+            boxes = proposed(found[0], scores[0], self.detector.rule.size)
+        return CanaryAnswers(embedding, text_embedding, caption_ids, clip_embedding, boxes)
 
     def replay_canary(self) -> CanaryResult:
         """Compute what the bundle recorded where it was exported. Raises VerificationError if it differs here."""

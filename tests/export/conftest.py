@@ -17,10 +17,9 @@ import torch
 
 from mammut.checkpoint import Checkpoint
 from mammut_export import onnx_graphs
-from mammut_export.contents import model_info
+from mammut_export.contents import contract_of
 from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
 from mammut_export.graphs import TraceableGraph, traceable
-from mammut_runtime.manifest import graph_contract
 
 torch.set_num_threads(1)
 TESTS = Path(__file__).parent.parent
@@ -133,8 +132,7 @@ def spoilt_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _trace(checkpoint: Checkpoint, name: str, graphs: tuple[str, ...]) -> bytes:
-    contract = graph_contract(model_info(checkpoint, graphs), checkpoint.preprocess.size)
-    model = onnx_graphs.to_onnx(traceable(name, checkpoint, contract[name]))
+    model = onnx_graphs.to_onnx(traceable(name, checkpoint, contract_of(checkpoint, graphs)[name]))
     data: bytes = ir.serde.serialize_model(model).SerializeToString()
     return data
 

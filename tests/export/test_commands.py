@@ -54,7 +54,11 @@ def test_dry_run_writes_nothing(
         (("{checkpoint}", "{out}", "--drift-limit", "token_agreement=7"), "a limit from -1 to 1, got 7"),
         (("{checkpoint}", "{out}", "--calibration-table", "{here}/thesis.txt"), "used by int8 and auto only"),
         (("{checkpoint}", "{out}", "--target", "openvino", "--precision", "int8-dynamic"), "for target openvino"),
-        (("{checkpoint}", "{out}", "--tasks", "detect"), "tasks: expected one or more of caption, ask, match, search"),
+        (("{checkpoint}", "{out}", "--tasks", "dance"), "tasks: expected one or more of caption, ask, match, search"),
+        (
+            ("{checkpoint}", "{out}", "--tasks", "watch"),
+            "tasks: 'watch' cannot be exported: the checkpoint has no tubes",
+        ),
         (("{checkpoint}", "{out}", "--tasks", ","), "got none"),
         (("{checkpoint}", "{out}", "--tolerance", "-1"), "tolerance: expected a number above 0"),
         (("{checkpoint}", "{out}", "--max-tokens", "999"), "max_tokens: expected at most 23, got 999"),

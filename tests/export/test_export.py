@@ -125,7 +125,7 @@ def test_an_existing_bundle_is_replaced_only_when_asked(result: ExportResult, ti
         ({"target": "tflite"}, "target: expected one of onnxruntime, openvino, tensorrt, got 'tflite'"),
         ({"precision": "int3"}, "precision: expected one of fp32, fp16, int8, .* or auto for .*, got 'int3'"),
         ({"target": "tensorrt", "precision": "auto"}, "TensorRT builds on the device; choose fp16, int8 or int4"),
-        ({"tasks": ("sing",)}, "tasks: expected one or more of caption, ask, match, search, got 'sing'"),
+        ({"tasks": ("sing",)}, r"tasks: expected one or more of caption, ask, .*, got 'sing'"),
         ({"tolerance": 0.0}, "tolerance: expected a number above 0"),
         ({"tolerance": float("nan")}, "tolerance: expected a number above 0"),
         ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),

@@ -73,26 +73,29 @@ def test_what_is_no_number_is_never_within_tolerance(got: np.ndarray | None) -> 
     (found,) = ledger.results(1.0)
     assert not found.ok and found.worst_case == "bad"
     with pytest.raises(VerificationError, match="differs by inf"):
-        Parity(1.0, (found,), (), (), 0.0, ()).check()
+        Parity(1.0, (found,), (), (), (), 0.0, ()).check()
 
 
 def test_a_tie_is_said_and_passes_and_a_difference_fails() -> None:
     tie = CaptionParity("cat.jpg", "a cat", (5, 6), (5, 7), "tie", 1e-7)
-    Parity(1e-5, (GOOD,), (tie,), (), 0.0, ()).check()
+    Parity(1e-5, (GOOD,), (tie,), (), (), 0.0, ()).check()
     different = replace(tie, verdict="different", gap=0.4)
     with pytest.raises(VerificationError, match=r"the caption of 'cat.jpg' is \[5, 6\], PyTorch's \[5, 7\].*by 0.4"):
-        Parity(1e-5, (GOOD,), (different,), (), 0.0, ()).check()
+        Parity(1e-5, (GOOD,), (different,), (), (), 0.0, ()).check()
+    of_a_clip = replace(different, clip=True)
+    with pytest.raises(VerificationError, match=r"the caption of a clip of 'cat.jpg' is"):
+        Parity(1e-5, (GOOD,), (of_a_clip,), (), (), 0.0, ()).check()
 
 
 def test_verdict_of_a_caption_that_parts(bundle: Bundle, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference is made to choose otherwise at one place: a tie only if the core's logits are close there."""
-    right = parity.greedy
+    right = parity.greedy_from_tokens
 
-    def second_choice(*arguments: object) -> list[list[int]]:
-        (ids,) = right(*arguments)  # type: ignore[arg-type]
-        return [[*ids[:2], (ids[2] + 1) % 500 + 3, *ids[3:]]]
+    def second_choice(*arguments: object) -> list[int]:
+        ids = right(*arguments)  # type: ignore[arg-type]
+        return [*ids[:2], (ids[2] + 1) % 500 + 3, *ids[3:]]
 
-    monkeypatch.setattr(parity, "greedy", second_choice)
+    monkeypatch.setattr(parity, "greedy_from_tokens", second_choice)
     strict = verify(bundle.path, bundle.manifest, tiny, drawn_samples()[:1], 5e-5)
     assert [caption.verdict for caption in strict.captions] == ["different"]
     # Here the "reference" chose worse than the runtime, so the gap is negative; only a close call is a tie.
@@ -109,7 +112,7 @@ def test_gap_is_taken_where_captions_part(tiny: Checkpoint) -> None:
     with torch.no_grad():
         tokens, _ = tiny.model.encode_image(pixels)
         logits = tiny.model.caption_logits(tokens, torch.tensor([[1, 9, 8]]))[0, -1]
-    gap = _gap(tiny, pixels, [1], [9, 8, 5, 2], [9, 8, 7, 7, 2])
+    gap = _gap(tiny, tokens, [1], [9, 8, 5, 2], [9, 8, 7, 7, 2])
     assert gap == pytest.approx(float(logits[7] - logits[5]))
     # One caption ends where the other goes on: the end is a token like the others.
-    assert _gap(tiny, pixels, [1], [9, 8, 2], [9, 8, 7, 2]) == pytest.approx(float(logits[7] - logits[2]))
+    assert _gap(tiny, tokens, [1], [9, 8, 2], [9, 8, 7, 2]) == pytest.approx(float(logits[7] - logits[2]))

@@ -31,7 +31,7 @@ def facts(maker: object) -> report.Facts:
         CaptionParity("c.png", "", (), (), "same", None),
     )
     samples = tuple(Sample(name, np.full((300, 200, 3), 128, np.uint8), "given") for name in (NASTY, "b.png", "c.png"))
-    parity = Parity(5e-5, outputs, captions, ("vision: batch 1",), 0.0, (Timing("picture to embedding", 1.5),))
+    parity = Parity(5e-5, outputs, captions, (), ("vision: batch 1",), 0.0, (Timing("picture to embedding", 1.5),))
     plan = make_plan(presets.tiny(), dict.fromkeys(GRAPHS, "fp32"), 8)
     return report.Facts(manifest, plan, parity, samples, {"tracing": 2.0})
 

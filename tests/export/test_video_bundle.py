@@ -14,7 +14,7 @@ import pytest
 
 from mammut_calibration.collect import CalibrateOptions, calibrate
 from mammut_calibration.data import Dataset, open_dataset
-from mammut_calibration.drift import DriftLimits
+from mammut_calibration.drift import MEASURES, DriftLimits
 from mammut_calibration.table import CalibrationTable
 from mammut_export.export import _embedding_drift
 from mammut_export.gate import Gate, Quantized
@@ -31,7 +31,7 @@ from mammut_runtime.onnx_external import external_tensors
 from mammut_runtime.tensorrt_lint import lint_bundle
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-video-bundle"
-LOOSE = DriftLimits(*[-1.0] * 12)
+LOOSE = DriftLimits(*[-1.0] * len(MEASURES))
 ALL: list[tuple[Scheme, str]] = [
     ("int8", "onnxruntime"),
     ("int4", "onnxruntime"),

@@ -21,6 +21,7 @@ from mammut.demo import ablation_measures, recipe
 from mammut.demo.ablation_table import (
     BEGIN,
     CLAIMS,
+    COLUMNS,
     END,
     GROUPS,
     Estimate,
@@ -34,8 +35,8 @@ from mammut.demo.ablations import (
     RESULTS,
     Prepared,
     Result,
-    append_result,
     chosen,
+    keep_result,
     prepare,
     read_results,
     rows,
@@ -159,9 +160,15 @@ def test_only_what_was_trained_is_measured(prepared: Prepared, held: ablation_me
     assert set(both.figures) == {name for group in GROUPS.values() for name in group} | {
         "photos_r1",
         "photos_r1@larger",
+        *(f"{kind}_caption" for kind in ("flowers", "clothing", "shapes")),
     }
-    assert set(matching.figures) == {name for name in both.figures if "caption" not in name and name != "questions"}
-    assert set(writing.figures) == {*GROUPS["captions"], "questions"}
+    assert set(matching.figures) == {
+        name for name in both.figures if not name.endswith(("caption", "named", "questions"))
+    }
+    assert set(writing.figures) == {
+        *(f"{kind}_{measure}" for kind in ("flowers", "clothing", "shapes") for measure in ("named", "caption")),
+        "questions",
+    }
     assert all(0 <= value <= 1 for value in both.figures.values())
 
 
@@ -183,6 +190,15 @@ def test_a_finished_run_is_kept_and_a_stopped_one_made_again(
     assert read_results(tmp_path) == again
 
 
+def test_what_is_there_can_be_measured_again(
+    prepared: Prepared, held: ablation_measures.HeldOut, tmp_path: Path
+) -> None:
+    made = finished("both,caption", prepared, held, tmp_path)
+    keep_result(tmp_path, dataclasses.replace(made[0], figures={"questions": 0.123}))
+    assert finished("both,caption", prepared, held, tmp_path)[0].figures == {"questions": 0.123}  # control
+    assert finished("both,caption", prepared, held, tmp_path, measure_again=True) == made == read_results(tmp_path)
+
+
 def test_results_of_another_setup_are_refused(
     prepared: Prepared, held: ablation_measures.HeldOut, tmp_path: Path
 ) -> None:
@@ -194,7 +210,7 @@ def test_results_of_another_setup_are_refused(
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     for seed in range(2):
-        append_result(tmp_path, made_up("both", seed, 0.5))
+        keep_result(tmp_path, made_up("both", seed, 0.5))
     assert len(read_results(tmp_path)) == 2  # control
     path = tmp_path / RESULTS
     path.write_text("[1]\n" + path.read_text())
@@ -206,8 +222,8 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 
 def made_up(row: str, seed: int, value: float, steps: int = 3) -> Result:
-    figures = {name: value for group in GROUPS.values() for name in group}
-    return Result(row, seed, steps, 36, "0" * 16, 60.0, figures | {"photos_r1": value})
+    figures = {name: value for name in (*COLUMNS, *(name for group in GROUPS.values() for name in group))}
+    return Result(row, seed, steps, 36, "0" * 16, 60.0, figures)
 
 
 def test_intervals_are_students() -> None:
@@ -305,6 +321,28 @@ def test_recall_counts_ties_against_and_several_right_ones_for_a_row() -> None:
     assert ablation_measures._recall(scores, right, 2) == pytest.approx(2 / 3)
     right[0, 1] = True  # both say it
     assert ablation_measures._recall(scores, right, 1) == pytest.approx(2 / 3)
+
+
+def test_named_ranks_names_by_what_the_caption_pass_gives_them(
+    prepared: Prepared, held: ablation_measures.HeldOut, tmp_path: Path
+) -> None:
+    from mammut.checkpoint import load_checkpoint
+    from mammut.demo.evaluate import Judge
+
+    finished("caption", prepared, held, tmp_path)
+    judge = Judge(load_checkpoint(str(tmp_path / "runs" / "caption-0" / "checkpoint")))
+    pairs = held.pairs["clothing"]
+    tokens, _ = judge.see(pairs)
+    names, right = sorted({pair.captions[0] for pair in pairs}), 0
+    for each, pair in zip(tokens, pairs, strict=True):
+        chances = []
+        for name in names:
+            ids = torch.from_numpy(judge.checkpoint.tokenizer.tokenize([name], 20))
+            targets = ids[:, 1:].masked_fill(ids[:, 1:] == judge.model.text.pad_id, -100)
+            logits = judge.model.caption_logits(each[None], ids[:, :-1])
+            chances.append(-float(torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum")))
+        right += names[max(range(len(names)), key=chances.__getitem__)] == pair.captions[0]
+    assert ablation_measures._named(judge, tokens, pairs) == pytest.approx(right / len(pairs))
 
 
 def test_configs_from_before_the_field_are_bidirectional() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mammut.checkpoint import load_checkpoint, save_checkpoint
-from mammut.demo import clip_ablation
+from mammut.demo import clip_ablation, clip_evaluation
 from mammut.demo.clip_ablation import MORE_ROWS, ROWS, Plan, planned, row_run, trained, video_of, with_differences
 from mammut.demo.clip_evaluation import Answers, figures
 from mammut.model import Mammut
@@ -66,30 +66,38 @@ def test_runs_differ_only_in_their_tubes(tmp_path: Path) -> None:
     loaded = load_checkpoint(start)
     clips = dataclasses.replace(loaded.model.config, video=demo_video())
     save_checkpoint(tmp_path / "clips", Mammut(clips, 0), loaded.tokenizer_json, loaded.preprocess, loaded.prompts)
+    small = row_run(DATA, tmp_path, "", "full", 4)
+    assert small.model.video == demo_video() and small.model.video_tokens == 88 and small.preprocess.size == 64
     with pytest.raises(InputError, match="expected a model for pictures only, got one that has been trained on clips"):
         row_run(DATA, tmp_path, str(tmp_path / "clips"), "full", 4)
 
 
 @pytest.mark.shared
 @needs_data
-def test_the_comparison_is_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_and_evaluation_are_one_command_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mammut.commands import cli
     from mammut_runtime import console
 
     monkeypatch.setattr(clip_ablation, "BATCH", 4)
     monkeypatch.setattr(clip_ablation, "TRAINING_CLIPS", 40)
-    arguments = ["clips-ablation", str(DATA), str(tmp_path / "out"), "--start", pictures_only(tmp_path)]
-    arguments += ["--steps", "2", "--clips", "6", "--rows", "full,middle frame"]
+    arguments = ["clips-ablation", str(DATA), str(tmp_path / "out"), "--steps", "2"]
+    arguments += ["--clips", "6", "--rows", "full,middle frame"]
     assert console.run(cli, arguments) == 0
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert found["tokens"] == {"full": 198, "middle frame": 36} and found["steps"] == 2
+    assert found["tokens"] == {"full": 88, "middle frame": 16} and found["steps"] == 2
     row = found["sets"]["new drawings"]["direction"]
     assert {"asked", "without looking", "full", "middle frame", "full - middle frame"} == set(row)
-    plan = Plan(arguments[4], ("full", "middle frame"), 2)
+    sheet, figures_file = tmp_path / "sheet.png", tmp_path / "figures.json"
+    monkeypatch.setattr(clip_evaluation, "TRAINING_CLIPS", 40)
+    judged = ["clips-eval", str(DATA), "--checkpoint", str(tmp_path / "out" / "full" / "checkpoint"), "--clips", "6"]
+    assert console.run(cli, [*judged, "--json", str(figures_file), "--sheet", str(sheet)]) == 0
+    assert json.loads(figures_file.read_text())["views"] == ["full", "no tubes", "middle frame"]
+    assert sheet.is_file() and "CC BY 4.0" in sheet.with_suffix(".md").read_text()
+    plan = Plan("", ("full", "middle frame"), 2)
     with joined("cpu") as place:
         notes: list[str] = []
         again = trained(DATA, tmp_path / "out", place, plan, notes.append)
-    assert not notes and again["middle frame"].model.config.video_tokens == 36  # nothing is trained again
+    assert not notes and again["middle frame"].model.config.video_tokens == 16  # nothing is trained again
 
 
 def pictures_only(folder: Path) -> str:

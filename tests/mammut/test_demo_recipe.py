@@ -50,6 +50,19 @@ def test_shape_name_follows_from_the_questions(asked: list[tuple[str, str]], nam
     assert recipe.shape_name(asked) == name
 
 
+def test_what_is_there_is_asked_as_often_as_what_is_not() -> None:
+    asked = (
+        ("what shape is shown?", "circle"), ("is there a red shape?", "no"), ("is there a blue shape?", "no"),
+        ("is there not a teal shape?", "yes"), ("is no gray shape present?", "yes"), ("is there a circle?", "yes"),
+        ("is there not a circle?", "no"),
+    )  # fmt: skip
+    (even,) = recipe.evenly_asked([Pair("x", b"", (), (), asked)])
+    about = [("circle" in q) for q, a in even.questions if a in ("yes", "no")]
+    assert sum(about) == 4 and len(about) == 8 and set(even.questions) == set(asked)
+    alone = Pair("x", b"", (), (), asked[:2])
+    assert recipe.evenly_asked([alone]) == [alone]  # nothing to make more of
+
+
 def test_one_vendor_of_some_names_is_held_out() -> None:
     names = [f"an emoji of thing {n}" for n in range(600)]
     held = {vendor: [recipe.held_out_drawing(Pair(f"{vendor}/x.png", b"", (name,))) for name in names]

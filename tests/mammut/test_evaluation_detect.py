@@ -281,3 +281,15 @@ def test_what_the_runtime_writes_can_be_judged(boxes: str, tmp_path: Path) -> No
     results.write(tmp_path / "found.json")
     _, task = task_of("detect", DataChoice((), boxes=boxes), Problems())
     assert figures(task(ResultsPredictor(tmp_path / "found.json"), TaskOptions(tmp_path)))["AP"] == pytest.approx(1)
+
+
+def test_scores_of_others_may_be_any_numbers(boxes: str, tmp_path: Path) -> None:
+    """Logits, say: only their order counts, for figures and for hits and misses."""
+    _, task = task_of("detect", DataChoice((), boxes=boxes), Problems())
+    outcomes = [
+        task(ResultsPredictor(results(boxes, tmp_path, 9, score)), TaskOptions(tmp_path)) for score in (0.5, -3.0)
+    ]
+    assert figures(outcomes[0]) == figures(outcomes[1])
+    assert outcomes[0].scores.tolist() == outcomes[1].scores.tolist() and outcomes[0].scores.sum() == 9
+    nothing = task(ResultsPredictor(results(boxes, tmp_path, 0)), TaskOptions(tmp_path))
+    assert figures(nothing)["AP"] == nothing.scores.sum() == 0 and nothing.show(0).given == ("not found",)

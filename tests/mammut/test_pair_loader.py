@@ -237,7 +237,9 @@ def test_a_batch_may_be_of_one_source(reading: Reading, small_run: Any, mixing: 
         with_options(reading, sources=sources, mixing=mixing), sources=tuple((path,) for path in shards[:2])
     )
     batches = list(itertools.islice(open_loader(own, LoaderState.beginning(own.options)), 30))
-    numbers = [{int(maker_text.split()[-1]) // 12 for maker_text in texts_of(own, batch)} for batch in batches]
+    numbers = [
+        {int("".join(text.partition("number")[2].split())) // 12 for text in texts_of(own, batch)} for batch in batches
+    ]
     assert all(len(each) == 1 for each in numbers) == (mixing == "batches")
     assert set().union(*numbers) == {0, 1}
     state = LoaderState.beginning(own.options)

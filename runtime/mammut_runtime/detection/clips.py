@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from mammut_runtime.model import Model
 
 _USUAL_FPS = 25.0
-_EARLY = 0.999
+_EARLY = 0.05
 """A frame may come this share of the step early: timestamps are rounded to milliseconds."""
+_ROUNDING = 1e-6
+"""Of a frame that comes exactly when it is wanted."""
 _CODECS = (("mp4v", ".mp4"), ("MJPG", ".avi"))
 """Tried in this order: which are there depends on the OpenCV."""
 
@@ -71,10 +74,15 @@ def detect_clip(
         if tick.time_s < due_s:
             continue
         if fps is not None:
-            due_s = tick.time_s + _EARLY / fps
+            due_s = next_due_s(tick.time_s, fps)
         pixels = clip.bgr()
         found = model.detect(pixels, vocabulary, threshold, max_per_class, color="bgr")
         yield FrameDetections(tick.index, tick.time_s, tracker.update(tick.time_s, found), found, pixels)
+
+
+def next_due_s(time_s: float, fps: float) -> float:
+    """When the next frame is wanted after one at `time_s`: on the grid of 1 / fps, so that the mean rate is fps."""
+    return (math.floor(time_s * fps + _EARLY + _ROUNDING) + 1 - _EARLY) / fps
 
 
 def drawn_fps(clip: Clip, fps: float | None) -> float:

@@ -28,6 +28,7 @@ class Wanted:
     negatives: tuple[str, ...]
     exemplars: tuple[Exemplar, ...]
     templates: tuple[str, ...] | None
+    context: bool = True
 
     @property
     def nothing(self) -> bool:
@@ -42,6 +43,7 @@ class Wanted:
                 exemplars=self.exemplars,
                 templates=self.templates,
                 progress=progress,
+                context=self.context,
             )
 
 
@@ -58,6 +60,9 @@ def vocabulary_options(command: Function) -> Function:
         help="A picture of a thing (and where it is in it, pixels) in place of its name; may be repeated.",
     )
     @click.option("--templates", help="Prompts for the names, each with {} for the name. Default: the bundle's own.")
+    @click.option(
+        "--no-context", is_flag=True, help="Compare with these names only, not also with some of the bundle's own."
+    )
     @functools.wraps(command)
     def with_wanted(
         *args: Any,
@@ -65,6 +70,7 @@ def vocabulary_options(command: Function) -> Function:
         negatives: str | None,
         exemplars: Sequence[str],
         templates: str | None,
+        no_context: bool,
         **rest: Any,
     ) -> Any:
         wanted = Wanted(
@@ -72,6 +78,7 @@ def vocabulary_options(command: Function) -> Function:
             tuple(text_list(negatives, "--negatives")) if negatives is not None else (),
             tuple(parse_exemplar(each) for each in exemplars),
             tuple(text_list(templates, "--templates")) if templates is not None else None,
+            not no_context,
         )
         return command(*args, wanted=wanted, **rest)
 
@@ -120,6 +127,8 @@ def show_vocabulary(file: Path, as_json: bool) -> None:
     """Print the names of FILE, with what was measured for them."""
     loaded = Vocabulary.load(file)
     for each in loaded.entries:
+        if each.kind == "context" and not as_json:
+            continue
         if as_json:
             calibration = each.calibration
             console.echo_json(

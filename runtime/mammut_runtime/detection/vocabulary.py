@@ -9,7 +9,8 @@ A name stands for an embedding: of its words in the bundle's prompts, or of a pi
 model mean nothing to another, so a vocabulary knows its bundle by hash, and another model refuses it.
 
 Names compete: each takes its share of a proposal's score. So does a negative ("not a motorcycle"), which is never
-reported; where it fits better than a name, that name is not reported either.
+reported; where it fits better than a name, that name is not reported either. Where there are few names, some of the
+bundle's own join in ("context"), because a single name would get everything that is there.
 
 What a name has besides its embedding is its calibration (mammut-calibrate scores), because scores of different names
 do not mean the same: a temperature and a bias that make a probability of a score, and a threshold.
@@ -60,8 +61,8 @@ class Entry:
     """A name of a vocabulary."""
 
     name: Name
-    kind: Literal["words", "pictures"] = "words"
-    """What its embedding was made of."""
+    kind: Literal["words", "pictures", "context"] = "words"
+    """What its embedding was made of. context: of words that nobody asked about; see Vocabulary.context."""
     negative: bool = False
     """Competes with the others, and is not reported."""
     novel: bool = True
@@ -108,8 +109,14 @@ class Vocabulary:
 
     @property
     def negatives(self) -> tuple[str, ...]:
-        """The names that only compete."""
-        return tuple(each.name for each in self.entries if each.negative)
+        """The names that only compete, as the user said."""
+        return tuple(each.name for each in self.entries if each.negative and each.kind != "context")
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """Names of the bundle that stand for "something else" where few names were given. They take their share of the
+        score; but unlike a negative, one that fits better does not take the place of a name, which it may mean too."""
+        return tuple(each.name for each in self.entries if each.kind == "context")
 
     @property
     def digest(self) -> str:
@@ -137,7 +144,9 @@ class Vocabulary:
         kept = {_key(each.name): (each, row) for each, row in zip(self.entries, self.embeddings, strict=True)}
         for each, row in zip(other.entries, other.embeddings, strict=True):
             before = kept.get(_key(each.name), (each, row))[0]
-            if before.negative != each.negative:
+            if each.kind == "context" != before.kind:
+                continue  # something that was asked about stays so
+            if before.kind != "context" and before.negative != each.negative:
                 raise InputError(
                     f"{each.name!r} is a name of one vocabulary and a negative of the other; remove it from one"
                 )
@@ -155,7 +164,7 @@ class Vocabulary:
 
     def only(self, names: Sequence[str]) -> Vocabulary:
         """Some of its names, in this order, and all negatives. Raises InputError for one that it does not have."""
-        at = {_key(each.name): index for index, each in enumerate(self.entries)}
+        at = {_key(each.name): index for index, each in enumerate(self.entries) if each.kind != "context"}
         for name in names:
             if _key(name) not in at:
                 raise InputError(f"this vocabulary has no {name!r}; it has {_listed(self.names)}")

@@ -8,6 +8,7 @@
     cues.py       cues, their merging, and their files: SRT, WebVTT, JSON lines
     journal.py    what was captioned so far, so that a killed run goes on where it was
     subtitles.py  a clip to its files, through the journal
+    cluster.py    many clips to their files, over a Ray cluster
     moments.py    moments of clips by text, from an index
     commands.py   mammut-run caption-video, ask-video, find-video
 

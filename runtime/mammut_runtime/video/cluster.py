@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,8 @@ _SURROUNDINGS = {
     "RAY_py_gcs_connect_timeout_s": "5",  # not after a quarter of an hour
 }
 """Variables that Ray reads when it is imported. What the user has set stays."""
+_SIGNALS_EVERY_S = 1.0
+"""Ray holds SIGTERM back while it waits."""
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Of a local cluster: next to nothing is kept there, and Ray would take a third of the memory."""
 
@@ -56,6 +59,8 @@ class WorkerModel:
     """Of the bundle where the command was started; another one under the same path is refused."""
     engine: EngineOptions
     preprocess: Literal["exact", "fast"]
+    nvidia: bool = False
+    """Whether a worker needs a graphics card of NVIDIA: Ray shows it those that it was given, and no others."""
 
     @classmethod
     def of(
@@ -66,8 +71,13 @@ class WorkerModel:
         Raises BundleError for what is no whole bundle.
         """
         engine = engine or EngineOptions()
-        engine = dataclasses.replace(engine, threads=engine.threads or 1)
-        return cls(bundle.absolute(), Bundle.open(bundle).content_hash, engine, preprocess)
+        opened = Bundle.open(bundle)
+        nvidia = opened.manifest.target == "tensorrt" or any(
+            name in each.casefold() for each in engine.providers for name in ("cuda", "tensorrt")
+        )
+        gpu = 0 if nvidia else engine.gpu  # the first of the one that it is shown
+        engine = dataclasses.replace(engine, threads=engine.threads or 1, gpu=gpu)
+        return cls(bundle.absolute(), opened.content_hash, engine, preprocess, nvidia)
 
 
 @dataclass(frozen=True)
@@ -88,12 +98,7 @@ def connected(address: str, workers_threads: int = 1, tell: Callable[[str], None
     workers_threads: the processors that one worker takes. tell: is told what does not look right.
     Raises EngineError if Ray is not installed, or the cluster cannot be reached.
     """
-    for name, value in _SURROUNDINGS.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError as problem:
-        raise EngineError(f"--ray needs Ray, which does not load ({problem}); pip install 'mammut-edge[ray]'") from None
+    ray = _library()
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == LOCAL:
         settings |= {
@@ -129,19 +134,42 @@ def caption_clips(
 ) -> Iterator[Outcome]:
     """Write the subtitles of all clips (see `write_subtitles`), and give what came of each as soon as it is known.
 
-    ray: from `connected`. Raises what concerns all clips, such as OSError for a full disk or BundleError for another
-    bundle on one of the machines; what was done is kept. Clips that are at work when this ends early are stopped.
+    ray: from `connected`. Raises EngineError where the cluster lacks what a worker needs, and what concerns all clips,
+    such as OSError for a full disk or BundleError for another bundle on one of the machines; what was done is kept.
+    Clips that are at work when this ends early are stopped.
     """
-    work = ray.remote(num_cpus=model.engine.threads, max_retries=RETRIES)(_caption)
+    if model.nvidia and not ray.cluster_resources().get("GPU"):
+        raise EngineError("this bundle, or --provider, needs a graphics card; the cluster has none that Ray knows of")
+    work = ray.remote(num_cpus=model.engine.threads, num_gpus=int(model.nvidia), max_retries=RETRIES)(_caption)
     arguments = (out.absolute(), options or VideoCaptionOptions(), overwrite)
     waiting = {work.remote(model, Job(job.clip.absolute(), job.name), *arguments): job for job in jobs}
     try:
         while waiting:
-            (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
+            ready = _first_ready(ray, list(waiting))
             yield _outcome(ray, waiting.pop(ready), ready, out)
     finally:
         for each in waiting:
             ray.cancel(each, force=True)
+
+
+def _library() -> Any:
+    for name, value in _SURROUNDINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as problem:
+        raise EngineError(f"--ray needs Ray, which does not load ({problem}); pip install 'mammut-edge[ray]'") from None
+    return ray
+
+
+def _first_ready(ray: Any, references: Sequence[Any]) -> Any:
+    ready: list[Any] = []
+    try:
+        while not ready:
+            ready, _ = ray.wait(references, num_returns=1, timeout=_SIGNALS_EVERY_S)
+    except SystemError as problem:  # Ray's C code makes this of what a signal's handler raises
+        raise problem.__cause__ or problem from None
+    return ready[0]
 
 
 def _outcome(ray: Any, job: Job, reference: Any, out: Path) -> Outcome:
@@ -181,11 +209,11 @@ def _caption(
 def _loaded(model: WorkerModel) -> Model:
     """Once for each worker process, which lives as long as the command."""
     if not model.bundle.exists():
-        raise BundleError(f"{model.bundle}: no such bundle on {os.uname().nodename}; every machine needs it there")
+        raise BundleError(f"{model.bundle}: no such bundle on {platform.node()}; every machine needs it there")
     loaded = Model.load(model.bundle, model.engine, preprocess=model.preprocess)
     if loaded.bundle.content_hash != model.content_hash:
         loaded.close()
-        raise BundleError(f"{model.bundle}: another bundle on {os.uname().nodename} than where the command was started")
+        raise BundleError(f"{model.bundle}: another bundle on {platform.node()} than where the command was started")
     return loaded
 
 

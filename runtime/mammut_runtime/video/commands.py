@@ -99,8 +99,8 @@ def caption_video(
         dataclasses.replace(options, prompt=prompt),
         MergeRule(likeness=merge_likeness),
     )
-    jobs = jobs_of(clips)
-    run = ClipRun(jobs, as_json)
+    settings.existing()  # before all clips are opened for their lengths
+    run = ClipRun(jobs_of(clips), as_json)
     with run.progress:
         if ray_address is None:
             _caption_here(run, settings, out, whole, overwrite)

@@ -126,7 +126,8 @@ def test_presets_fit_their_models() -> None:
         for config in (paper_base(), openmammut("B-32"), openmammut("L-14")):
             found = detector_for(config, ("a photo of a {}.",))
             Detector(found, Mammut(config))
-            assert found.window == 16
+            assert abs(found.image_size - 1024) <= 16
+            assert 4 * found.window * config.vision.patch_size == found.image_size
             assert len(found.global_layers) == 4
 
 

@@ -38,12 +38,10 @@ class Flat(nn.Module):
         return found
 
 
-@pytest.fixture(scope="module", params=["paper", "openmammut"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path]:
-    """One with plain attention, and one with windows and a class token."""
-    make: Made = request.getfixturevalue("make_any_detector")
-    changes = {} if request.param == "paper" else {"window": 2, "global_layers": (1,)}
-    detector = make(request.param, **changes)
+@pytest.fixture(scope="module")
+def exported(make_any_detector: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path]:
+    """The fuller dialect, with windows: tracing takes most of this file's time."""
+    detector = make_any_detector("openmammut", window=2, global_layers=(1,))
     inputs = (
         TensorInfo("pixels", "float32", ("batch", 3, SIZE, SIZE)),
         TensorInfo("classes", "float32", ("classes", WIDTH)),

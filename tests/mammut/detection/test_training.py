@@ -15,6 +15,7 @@ import torch
 from mammut.bpe_training import train_tokenizer
 from mammut.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mammut.commands import cli
+from mammut.demo.scenes import SCENE_NAMES, SCENE_NOVEL
 from mammut.detection.box_specs import parse_box_spec
 from mammut.detection.config import DetectorConfig
 from mammut.detection.feeding import Fed, Jitter, SetSource, batches
@@ -25,6 +26,8 @@ from mammut.training.run_log import RunLog, read_log
 from mammut_runtime.errors import InputError
 from mammut_runtime.preprocess import PreprocessRule
 
+DATA = Path(__file__).parents[3] / ".." / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not part of a clone")
 COLOURS = {"red square": (30, 30, 220), "green square": (30, 200, 30), "blue square": (220, 60, 30)}
 """Blue, green, red."""
 
@@ -146,13 +149,49 @@ def test_an_encoder_may_learn_slowly(start: Path, tmp_path: Path, make_config: A
     assert parsed.images is not None
     feeds = [Fed(SetSource(parsed.read().boxed_set(parsed.images)), 1.0, Jitter(0.8, 1.2))]
     before = {name: value.clone() for name, value in checkpoint.model.state_dict().items()}
-    options = DetectRun(steps=2, minutes=None, batch_size=2, trunk_rate=0.1)
+    options = DetectRun(steps=2, minutes=None, batch_size=2, trunk_rate=0.1, names_a_step=2)
     train_detector(checkpoint, small(checkpoint, make_config), feeds, frozenset(), options, tmp_path / "out")
     after = checkpoint.model.state_dict()
     changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert "vision.blocks.0.qkv.weight" in changed
     assert "vision.positions" not in changed
     assert all(name.startswith("vision.") for name in changed)
+
+
+def test_a_detector_is_trained_on(start: Path, tmp_path: Path) -> None:
+    """Names of an earlier training stay known; with other sizes it begins anew."""
+    spec = write_boxes(tmp_path / "data", "coco")
+    few = ("--steps", 1, "--batch-size", 2, "--dtype", "float32")
+    run("detect", start, tmp_path / "one", "--boxes", spec, *few, "--novel", "red square")
+    first = tmp_path / "one" / "checkpoint"
+    run("detect", first, tmp_path / "two", "--boxes", spec, *few, "--novel", "blue square", "--learning-rate", 1e-9)
+    found, before = load_checkpoint(tmp_path / "two" / "checkpoint").detector, load_checkpoint(first).detector
+    assert found is not None
+    assert before is not None
+    assert before.config.base_names == ("blue square", "green square")
+    assert found.config.base_names == ("blue square", "green square", "red square")
+    torch.testing.assert_close(found.own_state(), before.own_state(), atol=1e-5, rtol=1e-4)
+    run("detect", first, tmp_path / "three", "--boxes", spec, *few, "--novel", "blue square", "--image-size", 224)
+    other = load_checkpoint(tmp_path / "three" / "checkpoint").detector
+    assert other is not None
+    assert other.config.base_names == ("green square", "red square")
+
+
+@pytest.mark.shared
+@needs_data
+def test_scenes(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line that trains the demo's detector, in small, and the one that judges it."""
+    spec = write_boxes(tmp_path / "data", "coco")
+    run("detect", start, tmp_path / "out", "--scenes", DATA, "--scenes-share", 2, "--boxes", spec, "--steps", 1,
+        "--batch-size", 2)  # fmt: skip
+    detector = load_checkpoint(tmp_path / "out" / "checkpoint").detector
+    assert detector is not None
+    assert set(detector.config.base_names) == (SCENE_NAMES - SCENE_NOVEL) | set(COLOURS)
+    capsys.readouterr()
+    run("detect-eval", tmp_path / "out" / "checkpoint", "--scenes", DATA, "--count", 2)
+    figures = json.loads(capsys.readouterr().out)["scenes"]
+    assert {"seen_ap50", "vendor_ap50", "novel_ap50", "novel_control_ap50"} <= set(figures)
+    assert all(0 <= value <= 1 for value in figures.values())
 
 
 def test_nothing_to_train_on(start: Path, tmp_path: Path) -> None:

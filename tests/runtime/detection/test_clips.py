@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mammut_runtime.detection.clips import DrawnClip
+from mammut_runtime.detection.clips import DrawnClip, next_due_s
 from mammut_runtime.errors import InputError
 
 FPS, FRAMES = 10.0, 20
@@ -45,11 +45,25 @@ def test_things_keep_their_numbers_and_boxes_follow_them(detecting: Any, clip: P
     assert {each["number"] for each in plain["detections"]} == {1, 2}
 
 
-@pytest.mark.parametrize(("fps", "expected"), [(5.0, 10), (2.0, 4), (10.0, 20), (100.0, 20), (None, 20)])
+@pytest.mark.parametrize(
+    ("fps", "expected"), [(5.0, 10), (2.0, 4), (10.0, 20), (100.0, 20), (None, 20), (3.0, 6), (7.0, 14)]
+)
 def test_frames_looked_at_in_a_second(detecting: Any, clip: Path, fps: float | None, expected: int) -> None:
     with detecting.model() as model:
         frames = list(model.detect_video(clip, ["cat"], fps=fps))
     assert len(frames) == expected
+
+
+@pytest.mark.parametrize("own", [12.5, 23.976, 25.0, 29.97, 30.0, 60.0])
+@pytest.mark.parametrize("fps", [1.0, 2.0, 5.0, 7.0, 12.5])
+def test_the_mean_rate_is_the_asked_one_whatever_the_clip_s_own(own: float, fps: float) -> None:
+    """Timestamps rounded to milliseconds, as containers have them, 100 s long."""
+    due_s, taken = -1.0, 0
+    for number in range(round(100 * own)):
+        time_s = round(number / own, 3)
+        if time_s >= due_s:
+            due_s, taken = next_due_s(time_s, fps), taken + 1
+    assert abs(taken - 100 * fps) <= 1.01
 
 
 def test_a_rate_that_is_none_is_refused(detecting: Any, clip: Path) -> None:

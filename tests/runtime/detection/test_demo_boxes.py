@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mammut_runtime import console
 from mammut_runtime.pictures import read_picture
 from mammut_runtime.video.decode import Clip, quiet_decoder
 
@@ -47,3 +49,34 @@ def test_pictures_and_clips_are_written_with_boxes(
         while opened.advance() is not None:
             pass
         assert opened.health.frames == 2 * demo_clips.DETECTIONS_FPS
+
+
+def test_the_demo_looks_for_the_names_that_are_given(
+    demo_clips: Any,
+    detecting: Any,
+    make_scene: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    demo = importlib.import_module("demo")
+    monkeypatch.setattr(demo.Model, "load", lambda *_: detecting.model())
+    monkeypatch.setattr(demo, "QUESTION", "a?")  # the toy reads letter by letter and has little room
+    (tmp_path / "mine").mkdir()
+    picture = make_scene(120, 160, {"dog": (20, 30, 60, 80)})
+    cv2.imwrite(str(tmp_path / "mine" / "one.png"), picture[:, :, ::-1])
+    arguments = ["--bundle", "any", "--out", str(tmp_path / "out"), "--pictures", str(tmp_path / "mine")]
+    assert console.run(demo.demo, [*arguments, "--names", "cat, dog"]) == 0
+    shown = capsys.readouterr().out
+    assert "Looked for by name (cat, dog):\n  one: dog 0.9" in shown and "Pictures with boxes: " in shown
+    assert [each.name for each in (tmp_path / "out" / "boxes").iterdir()] == ["one.png"]
+    assert console.run(demo.demo, [*arguments, "--names", " , "]) == 2
+    assert "--names: expected texts" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "DATA", tmp_path / "absent")
+    monkeypatch.setattr(demo_clips, "FILMED", tmp_path / "absent")
+    monkeypatch.setattr(demo, "SHAPE_QUESTION", "a?")
+    shots = [dataclasses.replace(each, question="a?") for each in demo.moving_drawings.shots()]
+    monkeypatch.setattr(demo.moving_drawings, "shots", lambda: shots)
+    assert console.run(demo.demo, ["--bundle", "any", "--out", str(tmp_path / "all"), "--names", "bird"]) == 0
+    assert "\n  group: " in capsys.readouterr().out
+    assert {each.stem for each in (tmp_path / "all" / "boxes").iterdir()} == {"group", "drawn"}

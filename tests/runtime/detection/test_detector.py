@@ -95,7 +95,11 @@ def test_any_number_of_names_goes_in_one_call(detecting: Any, make_scene: Any, c
     assert found.detections[0].name == "cat" and len({each.name for each in found}) == len(found) <= count
 
 
-def test_names_are_told_apart_by_having_had_boxes_in_training(detecting: Any, make_scene: Any) -> None:
+def test_names_are_told_apart_by_having_had_boxes_in_training(
+    detecting: Any, make_detecting: Any, make_bundle: Any, make_scene: Any, tmp_path: Path
+) -> None:
+    rule = dataclasses.replace(detecting.rule, base_names=("cat", "two  Birds"))
+    detecting = make_detecting(tmp_path / "other", make_bundle, rule)
     with detecting.model() as model:
         words = model.vocabulary(["CAT", "two birds", "dog"])
         model.detect(make_scene(64, 64, {}), words)
@@ -260,6 +264,36 @@ def test_a_vocabulary_of_another_model_is_refused_by_hash(
             second.detect(make_scene(30, 40, {}), loaded)
         with pytest.raises(InputError, match="these vocabularies are of two bundles"):
             words | second.vocabulary(["dog"])
+
+
+def test_a_few_names_are_joined_by_names_of_the_bundle(
+    detecting: Any, make_detecting: Any, make_bundle: Any, make_scene: Any, tmp_path: Path
+) -> None:
+    others = tuple(f"{first} {second}" for first in ("red", "two", "the") for second in "abcdefghijklmnopqrst")
+    rule = dataclasses.replace(detecting.rule, base_names=("dog", *others))
+    toy = make_detecting(tmp_path / "other", make_bundle, rule)
+    picture = make_scene(100, 100, {"dog": (10, 10, 60, 60)})
+    with toy.model() as model:
+        one = model.vocabulary(["cat"])
+        assert (one.names, one.negatives, len(one), len(one.context)) == (("cat",), (), 1, 31)
+        assert all(each.negative and not each.novel for each in one.entries[1:])
+        assert one.digest == model.vocabulary(["cat"]).digest
+        alone = model.vocabulary(["cat"], context=False)  # control
+        assert alone.context == () and len(alone.entries) == 1
+        # The share of the others is taken off, but one that fits better does not take the place away.
+        scores = [model.detect(picture, words, threshold=1e-30).detections[0].score for words in (alone, one)]
+        assert scores[1] <= scores[0]
+        assert toy.engine.calls[-1]["classes"].shape == (32, 6)
+        # What is like a name is left out, and so is what was asked for.
+        likest = model.classifier(one.context, rule.templates).embeddings @ one.embeddings[0]
+        every = model.classifier(rule.base_names, rule.templates).embeddings @ one.embeddings[0]
+        assert likest.max() < np.quantile(every, 0.9)
+        assert "dog" not in model.vocabulary(["cat"], negatives=["Dog"]).context
+        assert len(model.vocabulary([f"cat {number}" for number in range(28)]).context) == 4
+        assert model.vocabulary([f"cat {number}" for number in range(32)]).context == ()
+        asked = one.context[0]
+        for both in (one | model.vocabulary([asked]), model.vocabulary([asked]) | one):
+            assert set(both.names) == {"cat", asked} and asked not in both.context
 
 
 def test_more_names_than_the_engine_was_built_for(detecting: Any, make_scene: Any) -> None:
