@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -13,13 +14,19 @@ import click
 from mammut.commands_run import launch, start_run
 from mammut_runtime import console
 
-STAGES = ("pictures", "scenes", "clips", "detector")
+STAGES = ("pictures", "scenes", "rehearsal", "detector")
+"""Of the model that ships."""
+MORE_STAGES = (*STAGES, "clips")
 
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--stage", type=click.Choice(STAGES), help="Only this stage; those before it must be done. Default: all.")
+@click.option(
+    "--stage",
+    type=click.Choice(MORE_STAGES),
+    help="Only this one, after those before it.  [default: all but clips]",
+)
 @click.option("--steps", type=click.IntRange(1), help="Length of each stage. Default: those of the shipped model.")
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="One thread each if several.")
 @click.option("--minutes", type=float, help="Stop after so long, with a checkpoint; go on with --resume.")
@@ -29,19 +36,22 @@ def demo(
 ) -> int:
     """Train the demo model that ships, from the DATA folder, in four stages.
 
-    pictures: photographs, clothing, flowers, emoji, shapes. scenes: these, and scenes composed of emoji. clips: these,
-    and clips of moving emoji. detector: a head that finds things by name, on the model of the third stage. OUT gets
-    data/ and tokenizer.json (what DATA says, as training reads it), a folder for each stage, and checkpoint/.
+    pictures: photographs, clothing, flowers, emoji, shapes. scenes: these, and scenes composed of emoji. rehearsal: the
+    same in other shares, at a falling rate. detector: a head that finds things by name, on the encoder as it is then.
+    OUT gets data/ and tokenizer.json (what DATA says, as training reads it), a folder for each stage, and checkpoint/.
+
+    clips is a stage that the shipped model does not have: the third stage's model with tubes, trained on clips of
+    moving emoji beside all pictures.
     """
     if "WORLD_SIZE" in os.environ:  # one of several processes of a stage
         return _stage(stage or "", data, out, steps, 1, resume=resume, minutes=minutes)
     until = None if minutes is None else time.monotonic() + 60 * minutes
     for each in STAGES if stage is None else (stage,):
-        if not (resume and _done(out / each)):
+        if not (resume and _done(each, out / each, steps)):
             left = None if until is None else max(0.1, (until - time.monotonic()) / 60)
             console.note(f"stage {each}")
             code = _stage(each, data, out, steps, processes, resume=resume, minutes=left)
-            if code or not _done(out / each):
+            if code or not _done(each, out / each, steps):
                 return code
         shutil.copytree(out / each / "checkpoint", out / "checkpoint", dirs_exist_ok=True)
     console.note(f"checkpoint: {out / 'checkpoint'}")
@@ -72,22 +82,24 @@ def _detector(data: Path, out: Path, steps: int | None, resume: bool, minutes: f
     from mammut.commands_detect import detect
     from mammut.demo.recipe import DETECTOR_STEPS, box_specs
 
-    arguments = [str(out / "clips" / "checkpoint"), str(out / "detector"), "--scenes", str(data), "--evaluate"]
+    arguments = [str(out / "rehearsal" / "checkpoint"), str(out / "detector")]
+    arguments += ["--scenes", str(data), "--scenes-share", "4"]
     arguments += [text for spec in box_specs(data, "train") for text in ("--boxes", spec)]
-    arguments += ["--steps", str(steps or DETECTOR_STEPS), "--bfloat16"]
+    arguments += ["--steps", str(steps or DETECTOR_STEPS), "--batch-size", "16", "--bfloat16"]
     arguments += ["--resume"] * resume + (["--minutes", str(minutes)] if minutes is not None else [])
     code: int = detect.main(arguments, prog_name="mammut-train detect", standalone_mode=False)
     return code
 
 
-def _done(folder: Path) -> bool:
-    """Whether a stage has taken all its steps. The last step's checkpoint is written before checkpoint/."""
-    from mammut.training.run_state import read_info, saved_steps
+def _done(stage: str, folder: Path, steps: int | None) -> bool:
+    """Whether a stage has taken all its steps; its checkpoint is written after the last."""
+    from mammut.demo.recipe import STEPS_OF
 
-    kept = saved_steps(folder)
-    return (
-        bool(kept) and (folder / "checkpoint").is_dir() and read_info(kept[-1]).step == read_info(kept[-1]).config.steps
-    )
+    log = folder / "log.jsonl"
+    if not log.is_file() or not (folder / "checkpoint").is_dir():
+        return False
+    last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+    return int(last["step"]) >= (steps or STEPS_OF[stage])
 
 
 @click.command("demo-eval")

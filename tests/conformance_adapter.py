@@ -1,7 +1,8 @@
 """Connects the conformance kit (../shared/conformance/check.py) to this project; its docstring says what it wants.
 
 MAMMUT_ADAPTER=torch (the default) runs the PyTorch core; MAMMUT_ADAPTER=bundle exports each model to an fp32 bundle and
-runs that with the runtime on ONNX Runtime, MAMMUT_ADAPTER=openvino on OpenVINO.
+runs that with the runtime on ONNX Runtime, MAMMUT_ADAPTER=openvino on OpenVINO. The graphs are the same for both: with
+MAMMUT_ADAPTER_BUNDLES=FOLDER, bundles are kept there, and made once.
 
 The kit's models come without a tokenizer; ours needs some 500 ids for the bytes alone. So a checkpoint with fewer gets
 rows that nothing uses, and logits are cut back to the kit's ids; with more, the tokenizer gets texts for them.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -88,12 +90,15 @@ class BundlePasses:
     def __init__(self, checkpoint: Checkpoint, tasks: tuple[str, ...]) -> None:
         from mammut_export.export import ExportOptions, export
 
-        folder = Path(_temporary_folder()) / "bundle"
-        export(checkpoint, folder, ExportOptions(target=TARGETS[MODE], tasks=tasks))
+        kept = os.environ.get("MAMMUT_ADAPTER_BUNDLES")
+        described = json.dumps([checkpoint.sha256, checkpoint.model.config.to_dict(), tasks], sort_keys=True)
+        folder = Path(kept or _temporary_folder()) / hashlib.sha256(described.encode()).hexdigest()[:16]
+        if not folder.exists():
+            export(checkpoint, folder, ExportOptions(target="onnxruntime", tasks=tasks))
         bundle = Bundle.open(folder)
         self.info = bundle.manifest.model
         self.engines = {
-            name: open_engine(bundle.graph_path(name), bundle.manifest.target, EngineOptions(threads=1))
+            name: open_engine(bundle.graph_path(name), TARGETS[MODE], EngineOptions(threads=1))
             for name in bundle.manifest.graphs
         }
         self.positional_embedding = _initializer(bundle.graph_path("vision"), "vision.positions")

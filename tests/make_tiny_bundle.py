@@ -3,8 +3,8 @@ small enough to be committed.
 
     python tests/make_tiny_bundle.py
 
-Their weights are random, so captions and boxes are noise; everything else is as in a product. Run it again when the exporter's
-graphs or the manifest change (tests/export/test_tiny_bundle.py notices) and commit what it wrote.
+Their weights are random, so captions and boxes are noise; everything else is as in a product. Run it again when the
+exporter's graphs or the manifest change (tests/export/test_tiny_bundle.py notices) and commit what it wrote.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def tiny_detector_checkpoint(folder: Path) -> Checkpoint:
     config = dataclasses.replace(
         detector_for(base.model.config, tuple(PROMPTS["zero_shot"].split("\n"))),
         image_size=64, width=16, stem_width=16, proposals=20, roi_size=3, roi_convs=1, roi_width=24, anchor_scale=2.0,
-        threshold=0.05, base_names=("blue star", "red heart", "three cats", "two dogs", "yellow sun"),
+        threshold=0.01, base_names=("blue star", "red heart", "three cats", "two dogs", "yellow sun"),
     )  # fmt: skip
     torch.manual_seed(20_261_125)
     detector = Detector(config, base.model).requires_grad_(False)

@@ -28,8 +28,10 @@ IR_VERSION = 10
 """Of the ONNX file format; the one that belongs to opset 21."""
 PRODUCER = "mammut-edge"
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_WRAPPER = "model."
+_CORES = ("detector.model.", "model.")
 """Where the core hangs in the graph modules; not part of a parameter's name."""
+_NAMED = (*_CORES, "detector.")
+"""Before names that say where something is from: a detector's own keep theirs."""
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -186,8 +188,8 @@ def _name_values(model: ir.Model) -> None:
                 value.name = node.name if index == 0 else f"{node.name}:{index}"
     for value in list(graph.initializers.values()):
         old = str(value.name)
-        new = old.removeprefix(_WRAPPER)
-        if new == old and len(value.const_value.shape) == 2:
+        new = _without_core(old)
+        if not old.startswith(_NAMED) and len(value.const_value.shape) == 2:
             modules = [_module(use.node) for use in value.uses() if use.node.op_type in ("MatMul", "Gemm")]
             new = f"{modules[0]}.weight.T" if modules and modules[0] else old
         _rename(graph, value, new)
@@ -196,8 +198,12 @@ def _name_values(model: ir.Model) -> None:
 def _module(node: ir.Node) -> str:
     """The module that a node was traced in, e.g. "text.self_blocks.0.qkv"; "" for the model as a whole."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    modules = [scope for scope in scopes[:-1] if scope.startswith(_WRAPPER)]
-    return str(modules[-1]).removeprefix(_WRAPPER) if modules else ""
+    modules = [scope for scope in scopes[:-1] if scope.startswith(_NAMED)]
+    return _without_core(str(modules[-1])) if modules else ""
+
+
+def _without_core(name: str) -> str:
+    return next((name.removeprefix(core) for core in _CORES if name.startswith(core)), name)
 
 
 def _one_layout_per_matrix(model: ir.Model) -> None:

@@ -122,7 +122,11 @@ class Parity:
                 for each in self.captions
                 if each.verdict == "different"
             ]
-            + [f"detections in {each.picture!r}: {each.problem}" for each in self.detections if each.problem and not each.excused]
+            + [
+                f"detections in {each.picture!r}: {each.problem}"
+                for each in self.detections
+                if each.problem and not each.excused
+            ]
         )
 
     def manifest_entries(self) -> dict[str, ParityInfo]:

@@ -20,16 +20,20 @@ from numpy.typing import NDArray
 from mammut_calibration.data import Dataset
 from mammut_calibration.data import Sample as UserPicture
 from mammut_calibration.drift import CaptionPair, Drift
+from mammut_export.detections import DetectionParity
 from mammut_export.gate import Quantized
 from mammut_export.measure import FIGURES, Measured
 from mammut_export.parity import CaptionParity, Parity
 from mammut_export.plan import Plan, megabytes
 from mammut_export.samples import Sample
+from mammut_runtime.detection.drawing import draw_detections
 from mammut_runtime.manifest import WEIGHTS_FILE, Manifest
 from mammut_runtime.strict import to_dict
 
 THUMBNAIL_PX = 192
 """Longest side of a picture in the page."""
+DRAWN, DRAWN_PX = 5, 384
+"""Detections drawn into a picture, the best ones, and its longest side then."""
 JPEG_QUALITY = 75
 
 
@@ -118,6 +122,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
             "picture_embedding_drift": parity.drift,
             "shapes": list(parity.shapes),
         },
+        "detections": [_detection_json(each) for each in parity.detections],
         "captions": to_dict([caption for caption in parity.captions if not caption.clip]),
         "captions_of_clips_made_of_the_pictures": to_dict([caption for caption in parity.captions if caption.clip]),
         "quantization": _quantization_json(facts),
@@ -144,6 +149,7 @@ def as_html(facts: Facts) -> str:
         f'<p class="good">{escape(verdict)}.</p>',
         *_gate(facts),
         *_captions(facts),
+        *_detections(facts),
         *_parity(parity),
         *_islands(facts),
         *_sizes(facts),
@@ -303,6 +309,36 @@ def _captions(facts: Facts) -> Iterable[str]:
         yield _table(("picture", "caption", ""), ((each.picture, each.text, each.verdict) for each in clips))
 
 
+def _detections(facts: Facts) -> Iterable[str]:
+    found = {each.picture: each for each in facts.parity.detections}
+    if not found:
+        return
+    yield "<h2>Detections</h2><p>Asked for names that the detector was trained with and others, with a threshold so "
+    yield "low that something is found in every picture: what there is to see here is that both find the same.</p>"
+    yield '<div class="pictures">'
+    for sample in facts.samples:
+        each = found.get(sample.name)
+        if each is None or each.example is None:
+            continue
+        best = each.example.detections[:DRAWN]
+        yield f'<figure><img alt="{escape(sample.name)}" src="{_jpeg(draw_detections(sample.pixels, best), DRAWN_PX)}">'
+        yield f"<figcaption>{escape(_found(each))}<small>{escape(sample.name)}</small></figcaption></figure>"
+    yield "</div>"
+
+
+def _found(each: DetectionParity) -> str:
+    text = f"{each.found} found by PyTorch"
+    if not each.problem:
+        return f"{text}, and the same by the bundle"
+    return f"{text}; {each.different} different, as float16 may: {each.problem}"
+
+
+def _detection_json(each: DetectionParity) -> dict[str, Any]:
+    best = each.example.detections[:DRAWN] if each.example is not None else ()
+    plain = {key: getattr(each, key) for key in ("picture", "found", "different", "problem", "excused")}
+    return {**plain, "best": [one.to_dict() for one in best]}
+
+
 def _caption_text(caption: CaptionParity | None) -> str:
     if caption is None:
         return ""
@@ -380,16 +416,16 @@ def _rgb(image: Any) -> NDArray[np.uint8]:
     return pixels
 
 
-def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """uint8[H, W, 3] → the same, at most THUMBNAIL_PX wide and high."""
-    scale = min(1.0, THUMBNAIL_PX / max(pixels.shape[:2]))
+def _thumbnail(pixels: NDArray[np.uint8], longest: int = THUMBNAIL_PX) -> NDArray[np.uint8]:
+    """uint8[H, W, 3] → the same, at most `longest` wide and high."""
+    scale = min(1.0, longest / max(pixels.shape[:2]))
     size = tuple(max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _jpeg(pixels: NDArray[np.uint8]) -> str:
+def _jpeg(pixels: NDArray[np.uint8], longest: int = THUMBNAIL_PX) -> str:
     """A small copy of uint8[H, W, 3], RGB, as a data URL."""
-    small = _thumbnail(pixels)
+    small = _thumbnail(pixels, longest)
     _, data = cv2.imencode(".jpg", np.ascontiguousarray(small[:, :, ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")
 

@@ -72,10 +72,21 @@ STEPS = 2866
 """Of the first stage, of 96 pictures each."""
 SCENE_STEPS = 1900
 """Of the second, of 192 pictures each."""
+REHEARSAL_STEPS = 650
+"""Of the third, of 192 pictures."""
 CLIP_STEPS = 900
-"""Of the third, of 96 pictures or clips each."""
+"""Of the stage for clips, of 96 pictures or clips each."""
 DETECTOR_STEPS = 1500
 """Of the fourth, see mammut/detection."""
+
+
+STEPS_OF = {
+    "pictures": STEPS,
+    "scenes": SCENE_STEPS,
+    "rehearsal": REHEARSAL_STEPS,
+    "detector": DETECTOR_STEPS,
+    "clips": CLIP_STEPS,
+}
 
 
 @dataclass(frozen=True)
@@ -111,13 +122,17 @@ def demo_run(data: Path, out: Path, steps: int = STEPS) -> RunConfig:
 
 
 def stage_run(stage: str, data: Path, out: Path, steps: int | None = None) -> RunConfig:
-    """A stage of the demo's training ("pictures", "scenes", "clips"); the later ones start from OUT/STAGE/checkpoint of
-    the one before. Errors as training_pairs' and load_checkpoint's."""
+    """A stage of the demo's training but for the detector's; each starts from OUT/STAGE/checkpoint of the one before.
+
+    Errors as training_pairs' and load_checkpoint's.
+    """
     if stage == "pictures":
         return demo_run(data, out, steps or STEPS)
     if stage == "scenes":
         return scenes_run(data, out, str(out / "pictures" / "checkpoint"), steps or SCENE_STEPS)
-    return clips_run(data, out, str(out / "scenes" / "checkpoint"), steps or CLIP_STEPS)
+    if stage == "rehearsal":
+        return rehearsal_run(data, out, str(out / "scenes" / "checkpoint"), steps or REHEARSAL_STEPS)
+    return clips_run(data, out, str(out / "rehearsal" / "checkpoint"), steps or CLIP_STEPS)
 
 
 def scenes_run(data: Path, out: Path, start: str, steps: int = SCENE_STEPS) -> RunConfig:
@@ -150,27 +165,36 @@ def scenes_run(data: Path, out: Path, start: str, steps: int = SCENE_STEPS) -> R
     )
 
 
+def rehearsal_run(data: Path, out: Path, start: str, steps: int = REHEARSAL_STEPS) -> RunConfig:
+    """The third stage: everything once more at a falling rate, with more questions. Errors as training_pairs'."""
+    before = scenes_run(data, out, start, steps)
+    weights = {"flowers": 0.1, "clothing": 0.2, "emoji": 0.24, "photos": 0.04, "shapes": 0.2, "scenes": 0.22}
+    shares = {"shapes": 0.9, "scenes": 0.65}
+    sources = tuple(
+        dataclasses.replace(source, weight=weight, question_share=shares.get(name))
+        for source, (name, weight) in zip(before.data.sources, weights.items(), strict=True)
+    )
+    return dataclasses.replace(
+        before,
+        data=dataclasses.replace(before.data, sources=sources),
+        stages=(dataclasses.replace(before.stages[0], learning_rate=7e-4, warmup_steps=min(50, steps // 2)),),
+    )
+
+
 def clips_run(
     data: Path, out: Path, start: str, steps: int = CLIP_STEPS, video: VideoConfig | None = None
 ) -> RunConfig:
-    """The third stage: clips of moving emoji beside all pictures, with tubes, from the second stage's checkpoint.
+    """Clips of moving emoji beside all pictures, with tubes.
 
     video: other tubes than the demo's. Errors as training_pairs'.
     """
-    before = scenes_run(data, out, start, steps)
-    weights = {"flowers": 0.04, "clothing": 0.08, "emoji": 0.12, "photos": 0.03, "shapes": 0.14, "scenes": 0.09}
+    before = rehearsal_run(data, out, start, steps)
     pictures = before.data.sources
-    shares = {"shapes": 0.9, "scenes": 0.7}
-    sources = [
-        dataclasses.replace(source, weight=weight, question_share=shares.get(name))
-        for source, (name, weight) in zip(pictures, weights.items(), strict=True)
-    ]
-    sources.append(dataclasses.replace(pictures[-1], kind="moving", weight=0.5, question_share=0.75))
+    moving = dataclasses.replace(pictures[-1], kind="moving", weight=1.0, question_share=0.75)
     return dataclasses.replace(
         before,
         model=dataclasses.replace(before.model, video=video or demo_video()),
-        data=dataclasses.replace(before.data, sources=tuple(sources)),
-        stages=(dataclasses.replace(before.stages[0], learning_rate=9e-4, warmup_steps=min(50, steps // 2)),),
+        data=dataclasses.replace(before.data, sources=(*pictures, moving)),
         batch_size=96,
     )
 
@@ -336,8 +360,8 @@ def shape_pairs(folder: Path) -> list[Pair]:
 
 def evenly_asked(pairs: Sequence[Pair]) -> list[Pair]:
     """With questions about what is there, and about what is not, in equal numbers: those that are rarer stand several
-    times. As they come, seven of eight ask for a colour or shape that is not there, and a model learns to say so without
-    looking."""
+    times. As they come, seven of eight ask for a colour or shape that is not there, and a model learns to say so
+    without looking."""
 
     def even(pair: Pair) -> Pair:
         yes_no = [each for each in pair.questions if each[1] in ("yes", "no")]

@@ -13,6 +13,7 @@ from mammut_calibration.data import Dataset, Question, open_dataset
 from mammut_calibration.drift import MEASURES, Drift, DriftLimits, compare, measure_drift
 from mammut_calibration.feeds import record_feeds
 from mammut_runtime.bundle import Bundle
+from mammut_runtime.detection.boxes import Box, Detection
 from mammut_runtime.engines import EngineOptions, open_engine
 from mammut_runtime.errors import InputError
 
@@ -83,6 +84,27 @@ def test_agreement_is_counted_by_hand(reference: Behaviour) -> None:
     assert drift.retrieval_agreement == 1.0  # a: x, b: y as before; to c both fitted equally well
     assert drift.where["embedding_cosine_min"] == "c" and drift.where["token_agreement"] == "c"
     assert [pair.picture for pair in drift.captions] == ["b", "c", "a"]
+
+
+def test_detections_agree_where_both_find_a_thing(reference: Behaviour) -> None:
+    """Of six that count, five have a counterpart: what is just below the threshold in one was found by it too."""
+
+    def thing(name: str, score: float, x: float) -> Detection:
+        return Detection(name, score, Box(x, 0, x + 10, 10))
+
+    empty: tuple[tuple[Detection, ...], ...] = ((),) * (len(reference.pictures) - 2)
+    before = ((thing("cat", 0.9, 0), thing("dog", 0.31, 50)), (thing("cat", 0.5, 0), thing("cat", 0.25, 60)))
+    after = ((thing("cat", 0.8, 3), thing("dog", 0.29, 50)), (thing("dog", 0.5, 0), thing("cat", 0.4, 1)))
+    one = dataclasses.replace(reference, detections=(*before, *empty), detection_threshold=0.3)
+    other = dataclasses.replace(one, detections=(*after, *empty))
+    assert compare(one, other).detection_agreement == pytest.approx(5 / 6)
+    assert compare(one, one).detection_agreement == 1.0
+    moved = dataclasses.replace(one, detections=((thing("cat", 0.9, 4),), (), *empty))  # overlap 6 of 14
+    assert compare(dataclasses.replace(moved, detections=(before[0][:1], (), *empty)), moved).detection_agreement == 0.0
+    nothing = dataclasses.replace(one, detections=((),) * len(reference.pictures))
+    assert compare(nothing, nothing).detection_agreement is None
+    failures = compare(one, other).failures(DriftLimits(detection_agreement=0.9))
+    assert [str(each).split(" is ")[0] for each in failures] == ["detection_agreement"]
 
 
 def test_a_candidate_is_led_through_the_references_caption(

@@ -50,6 +50,13 @@ def tiny_video(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
+def tiny_detector(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The checkpoint of the committed bundle with a detector: the same weights, and a detector of random ones."""
+    checkpoint: Checkpoint = maker.tiny_detector_checkpoint(tmp_path_factory.mktemp("detector-checkpoint"))
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
 def traced(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Graph → what onnx_graphs.to_onnx gives, as bytes with the weights inside. Test workers share one tracing."""
     return _traces("pictures", tiny, GRAPHS, tmp_path_factory)

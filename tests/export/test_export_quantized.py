@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mammut.checkpoint import Checkpoint
-from mammut_calibration.drift import DriftLimits
+from mammut_calibration.drift import MEASURES, DriftLimits
 from mammut_export.commands import cli
 from mammut_export.export import export
 from mammut_export.options import ExportOptions
@@ -25,8 +25,8 @@ from mammut_runtime.errors import EngineError, VerificationError
 from mammut_runtime.model import Model
 from mammut_runtime.tensorrt_lint import lint_bundle
 
-LOOSE = DriftLimits(*[-1.0] * 9)
-IMPOSSIBLE = DriftLimits(*[1.0] * 9)
+LOOSE = DriftLimits(*[-1.0] * len(MEASURES))
+IMPOSSIBLE = DriftLimits(*[1.0] * len(MEASURES))
 
 
 @pytest.fixture(scope="session")

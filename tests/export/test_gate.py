@@ -14,7 +14,7 @@ import pytest
 
 from mammut_calibration.collect import calibrate
 from mammut_calibration.data import Dataset, open_dataset
-from mammut_calibration.drift import DriftLimits
+from mammut_calibration.drift import MEASURES, DriftLimits
 from mammut_calibration.layers import layer_errors
 from mammut_export import gate as module
 from mammut_export.gate import Gate
@@ -26,7 +26,7 @@ from mammut_runtime.manifest import TOKENIZER_FILE, GraphInfo, Scheme
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-bundle"
 GRAPHS = ("vision", "text", "memory", "decoder")
-LOOSE = DriftLimits(*[-1.0] * 13)
+LOOSE = DriftLimits(*[-1.0] * len(MEASURES))
 IMPOSSIBLE = dataclasses.replace(LOOSE, embedding_cosine_mean=1.0)
 
 

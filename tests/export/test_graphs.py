@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mammut.checkpoint import Checkpoint
-from mammut_export.contents import model_info
+from mammut_export.contents import contract_of, detection_rule, model_info
 from mammut_export.graphs import (
     GRAPHS,
     PICTURE_GRAPHS,
@@ -28,14 +28,18 @@ def test_tasks_need_these_graphs() -> None:
     assert graphs_for(("caption",)) == graphs_for(("ask",)) == ("vision", "memory", "decoder")
     assert graphs_for(("search",)) == graphs_for(("match", "search")) == ("vision", "text")
     assert graphs_for(("watch",)) == ("vision", "video")
+    assert graphs_for(("detect",)) == ("vision", "detector", "text")
     assert graphs_for(TASKS) == GRAPHS
 
 
-def test_what_a_checkpoint_can_do(tiny: Checkpoint, tiny_video: Checkpoint) -> None:
+def test_what_a_checkpoint_can_do(tiny: Checkpoint, tiny_video: Checkpoint, tiny_detector: Checkpoint) -> None:
     assert graphs_for(tasks_for(tiny, None)) == PICTURE_GRAPHS
     assert "watch" in tasks_for(tiny_video, None) and tasks_for(tiny_video, ("search",)) == ("search",)
     with pytest.raises(InputError, match="'watch' cannot be exported: the checkpoint has no tubes; train it on clips"):
         tasks_for(tiny, ("caption", "watch"))
+    assert "detect" in tasks_for(tiny_detector, None) and "watch" not in tasks_for(tiny_detector, None)
+    with pytest.raises(InputError, match="'detect' cannot be exported: the checkpoint has no detector; train one"):
+        tasks_for(tiny, ("detect",))
 
 
 @pytest.mark.parametrize(("tasks", "message"), [((), "got none"), (("caption", "dance"), "got 'dance'")])
@@ -56,6 +60,19 @@ def test_modules_keep_the_contract(tiny: Checkpoint, tiny_video: Checkpoint, nam
     assert len(outputs) == len(info.outputs)
     for value, tensor in zip(outputs, info.outputs, strict=True):
         assert list(value.shape) == [size if isinstance(size, int) else sizes[size] for size in tensor.shape], tensor
+
+
+def test_the_detectors_module_keeps_the_contract(tiny: Checkpoint, tiny_detector: Checkpoint) -> None:
+    info = contract_of(tiny_detector, ("detector",))["detector"]
+    graph = traceable("detector", tiny_detector, info)
+    with torch.no_grad():
+        boxes, scores = graph.module(*graph.example())
+    rule = detection_rule(tiny_detector, ("detector",))
+    assert rule is not None and boxes.shape == (TRACED_SIZES["batch"], rule.proposals, 4)
+    assert scores.shape == (TRACED_SIZES["batch"], rule.proposals, TRACED_SIZES["classes"])
+    assert "detector" not in contract_of(tiny_detector, ("vision",)) and detection_rule(tiny, ("detector",)) is None
+    with pytest.raises(InputError, match="the checkpoint has no detector"):
+        traceable("detector", tiny, info)
 
 
 def test_traced_sizes_cannot_be_confused() -> None:

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mammut_calibration.feeds import Feeds
-from mammut_export.half_arithmetic import EXACT, HALF, operator
+from mammut_export.half_arithmetic import EXACT, HALF, MOST_ROWS, _some_rows, operator
 from mammut_export.range_audit import ERROR_LIMIT, LARGEST, audit, audit_graph, drawn_feeds
 from mammut_runtime.bundle import Bundle
 
@@ -174,3 +174,17 @@ def test_tiny_bundle() -> None:
     assert {"ReduceL2", "Clip", "Div"} <= found["vision"].names
     assert found["text"].runs > 1 and found["decoder"].runs > 1
     assert len(found["vision"].describe()) == 1 + len(found["vision"].islands)
+
+
+def test_a_large_product_is_judged_by_the_same_rows() -> None:
+    """Of values that float16 holds as one, the rows must not depend on what is beyond it: else two different rows are
+    compared, and the error is that of having nothing in common."""
+    values = (1 + 1e-4 * np.random.default_rng(0).random((1, 150, 8))).astype(np.float32)
+    chosen = _some_rows(values)
+    assert chosen.shape[1] <= MOST_ROWS < values.shape[1]
+    assert np.array_equal(HALF.round(chosen), _some_rows(HALF.round(values)))
+    numbered = values.copy()
+    numbered[0, :, 0] = np.arange(150) / 256  # which row it is, exact in float16; never its largest value
+    assert np.array_equal(_some_rows(numbered)[..., 0], _some_rows(HALF.round(numbered))[..., 0])
+    largest = np.abs(numbered).max(axis=-1)[0]  # the control: by the values themselves, other rows come first
+    assert set(np.argsort(-largest)[:32]) != set(np.argsort(-HALF.round(largest), kind="stable")[:32])

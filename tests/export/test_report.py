@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from mammut_export import report
+from mammut_export.detections import DetectionParity
 from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
 from mammut_export.parity import CaptionParity, OutputParity, Parity, Timing
 from mammut_export.plan import make_plan
 from mammut_export.samples import Sample
 from mammut_runtime.bundle import Bundle
+from mammut_runtime.detection.boxes import Box, Detection, Detections
 
 NASTY = '<script>alert("&1")</script>'
 
@@ -34,6 +36,23 @@ def facts(maker: object) -> report.Facts:
     parity = Parity(5e-5, outputs, captions, (), ("vision: batch 1",), 0.0, (Timing("picture to embedding", 1.5),))
     plan = make_plan(presets.tiny(), dict.fromkeys(GRAPHS, "fp32"), 8)
     return report.Facts(manifest, plan, parity, samples, {"tracing": 2.0})
+
+
+def test_detections_are_drawn(facts: report.Facts) -> None:
+    example = Detections((Detection(NASTY, 0.9, Box(10, 20, 150, 200)),), 200, 300)
+    found = (
+        DetectionParity("b.png", 1, 0, "", example=example),
+        DetectionParity("c.png", 9, 1, f"{NASTY} is missing", True, Detections((), 200, 300)),
+    )
+    before, with_boxes = facts, dataclasses.replace(facts, parity=dataclasses.replace(facts.parity, detections=found))
+    text = report.as_html(with_boxes)
+    page = Page(text)
+    assert page.tags.count("img") == Page(report.as_html(before)).tags.count("img") + 2  # the control has none
+    assert "1 found by PyTorch, and the same by the bundle" in text and "9 found by PyTorch; 1 different" in text
+    assert "<script" not in text and "Detections" not in report.as_html(before)
+    plain = report.as_json(with_boxes)["detections"]
+    assert [each["excused"] for each in plain] == [False, True] and plain[0]["best"][0]["box"]["x1"] == 150
+    json.dumps(plain)
 
 
 class Page(HTMLParser):

@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from mammut.checkpoint import Checkpoint
+from mammut_export.contents import detection_rule, write_graphs
 from mammut_export.export import export
 from mammut_export.graphs import PICTURE_GRAPHS as GRAPHS
 from mammut_export.options import ExportOptions
@@ -44,6 +45,19 @@ def test_it_is_what_the_exporter_makes(maker: ModuleType, fresh: Bundle) -> None
     assert committed.manifest.canary.caption_ids == fresh.manifest.canary.caption_ids, REMEDY
     np.testing.assert_allclose(committed.manifest.canary.embedding, fresh.manifest.canary.embedding, atol=1e-5)
     assert committed.read("tokenizer.json") == fresh.read("tokenizer.json"), REMEDY
+
+
+def test_the_detector_is_what_the_exporter_makes(maker: ModuleType, tiny_detector: Checkpoint, tmp_path: Path) -> None:
+    committed = Bundle.open(maker.DETECTOR_BUNDLE)
+    assert sum(path.stat().st_size for path in maker.DETECTOR_BUNDLE.iterdir()) < 600_000
+    made = write_graphs(tmp_path, tiny_detector, {"detector": "fp32"})
+    old, new = (
+        onnx.load(str(folder / "detector.onnx"), load_external_data=False)
+        for folder in (maker.DETECTOR_BUNDLE, tmp_path)
+    )
+    kinds = [[(node.op_type, node.name) for node in each.graph.node] for each in (old, new)]
+    assert kinds[0] == kinds[1] and committed.manifest.graphs["detector"] == made["detector"], REMEDY
+    assert committed.manifest.detection == detection_rule(tiny_detector, ("detector",)), REMEDY
 
 
 def test_a_changed_graph_is_noticed(maker: ModuleType, fresh: Bundle) -> None:

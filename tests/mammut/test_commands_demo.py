@@ -26,7 +26,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
         return 0
 
     monkeypatch.setattr(commands_demo, "_stage", train)
-    monkeypatch.setattr(commands_demo, "_done", lambda folder: (folder / "checkpoint").is_dir())
+    monkeypatch.setattr(commands_demo, "_done", lambda stage, folder, steps: (folder / "checkpoint").is_dir())
     return calls
 
 
@@ -40,7 +40,7 @@ def test_all_stages_then_what_is_left(stages: list[Any], tmp_path: Path) -> None
     assert (tmp_path / "checkpoint" / "which").read_text() == "pictures"
     stages.clear()
     assert run("data", str(tmp_path), "--resume") == 0
-    assert [name for name, _ in stages] == ["scenes", "clips", "detector"]
+    assert [name for name, _ in stages] == ["scenes", "rehearsal", "detector"]
     assert all(given["resume"] for _, given in stages)
     assert (tmp_path / "checkpoint" / "which").read_text() == "detector"
 
@@ -63,3 +63,10 @@ def test_later_stages_start_from_the_ones_before(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(recipe, "scenes_run", lambda data, out, start, steps: starts.append((start, steps)))
     recipe.stage_run("scenes", Path("data"), Path("out"), 7)
     assert starts == [("out/pictures/checkpoint", 7)]
+
+
+def test_a_stage_is_done_after_its_last_step(tmp_path: Path) -> None:
+    assert not commands_demo._done("scenes", tmp_path, 7)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "log.jsonl").write_text('{"step": 5}\n{"step": 6}\n')
+    assert not commands_demo._done("scenes", tmp_path, 7) and commands_demo._done("scenes", tmp_path, 6)
