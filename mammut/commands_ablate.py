@@ -40,10 +40,12 @@ def ablate(
     OUT gets results.jsonl, a line for each finished run; the same command again goes on with those that are missing.
     Prints the tables of all runs that OUT then has.
     """
-    from mammut.demo.ablation_table import markdown, write_into
+    from mammut.demo.ablation_table import check_page, markdown, write_into
     from mammut.demo.ablations import STEPS, chosen, read_results
 
     wanted = chosen(names)
+    if write is not None:
+        check_page(write)
     if not collect:
         _be_polite(threads, nice)
         from mammut.demo.ablation_measures import held_out

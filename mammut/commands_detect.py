@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mammut.detection.training import Evaluate
 
 BOXES = "coco:FILE.json:IMAGES or lvis:FILE.json:IMAGES, with =SHARE behind it for other than equal shares. Repeatable."
+MOST_SHARE = 1e6
 
 
 @click.command("detect")
@@ -26,7 +27,7 @@ BOXES = "coco:FILE.json:IMAGES or lvis:FILE.json:IMAGES, with =SHARE behind it f
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--boxes", multiple=True, metavar="FORM:FILE:IMAGES", help=BOXES)
 @click.option("--scenes", type=click.Path(path_type=Path), help="Also compose scenes from the DATA folder of the demo.")
-@click.option("--scenes-share", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option("--scenes-share", type=click.FloatRange(0, MOST_SHARE, min_open=True), default=1.0, show_default=True)
 @click.option("--novel", multiple=True, metavar="NAME", help="Train no boxes of this name. Repeatable.")
 @click.option("--templates", multiple=True, metavar="TEXT", help="A prompt with {}. Default: the checkpoint's.")
 @click.option("--image-size", type=int, help="Side of the detector's input, pixels. Default: by the model's size.")
@@ -105,14 +106,14 @@ def _device(wanted: str) -> Literal["cpu", "cuda"]:
 
 
 def _config(start: Checkpoint, templates: tuple[str, ...], image_size: int | None) -> DetectorConfig:
-    from mammut.detection.config import detector_for
+    from mammut.detection.config import checked, detector_for
 
     if start.detector is not None:
         config = start.detector.config
     else:
         config = detector_for(start.model.config, tuple(start.prompts["zero_shot"].split("\n")))
     config = replace(config, templates=templates) if templates else config
-    return replace(config, image_size=image_size) if image_size else config
+    return checked(config if image_size is None else replace(config, image_size=image_size))
 
 
 def _feeds(
@@ -137,6 +138,9 @@ def _feeds(
         held |= SCENE_NOVEL
     if not feeds:
         raise InputError("detect: nothing to train on; expected --boxes or --scenes, or both")
+    unknown = sorted(set(novel) - {name for fed in feeds for name in fed.source.names} - (held - set(novel)))
+    if unknown:
+        raise InputError(f"--novel {unknown[0]}: no name of the boxes; write it as the file of boxes does")
     return feeds, frozenset(held)
 
 
@@ -148,10 +152,15 @@ def _boxed(spec: str) -> tuple[BoxedSet, float]:
         weight = float(share) if equals else 1.0
     except ValueError:
         plain, equals, weight = spec, "", 1.0
-    if weight <= 0:
-        raise InputError(f"{spec}: expected a share above 0")
+    if not 0 < weight <= MOST_SHARE:
+        raise InputError(f"{spec}: expected a share above 0, up to {MOST_SHARE:,.0f}")
     parsed = parse_box_spec(plain if equals else spec)
-    return parsed.read().boxed_set(parsed.images or parsed.file.parent), weight
+    file = parsed.read()
+    for line in file.counts.lines():
+        click.echo(f"{file.path}: {line}", err=True)
+    if not any(len(picture.boxes) for picture in file.pictures):
+        raise InputError(f"{file.path}: has no boxes; expected pictures with boxes to train on")
+    return file.boxed_set(parsed.images or parsed.file.parent), weight
 
 
 def _scene_figures(data: Path | None, config: DetectorConfig) -> Evaluate:

@@ -44,6 +44,7 @@ def shell_lines() -> list[str]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like the one README's examples are run in: bundle, photo.jpg, photos/."""
     (tmp_path / "bundle").symlink_to(TINY_BUNDLE)
+    (tmp_path / "detector-bundle").symlink_to(TINY_BUNDLE.with_name("tiny-detector-bundle"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "my-photos").mkdir()
     for name in ("photo.jpg", "photos/a.png", "photos/b.png"):
@@ -80,6 +81,8 @@ def test_the_mammut_run_lines_run(
         if before:
             assert before == "find photos -name '*.png' | ", f"this test cannot run {line!r}"
             monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"photos/a.png\nphotos/b.png\n")))
+        detects = arguments.startswith(("detect", "vocabulary"))
+        monkeypatch.setenv("MAMMUT_BUNDLE", str(place / ("detector-bundle" if detects else "bundle")))
         assert commands.main(shlex.split(arguments)) == 0, f"{line}: {capsys.readouterr().err}"
         assert capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -143,6 +143,28 @@ def choose_threshold(scores: NDArray[np.floating[Any]], seen: Footage, limit: Al
     alarms = alarms_at(threshold)
     bound = poisson_limit(alarms, limit.confidence) / max(seen.hours, 1e-12)
     return Chosen(threshold, alarms, bound, allowed >= 0 and alarms <= allowed)
+
+
+def recounted(
+    chosen: Chosen, probabilities: NDArray[np.float32], threshold: float, seen: Footage, limit: AlarmLimit
+) -> tuple[Chosen, float]:
+    """The choice and its threshold as the runtime compares: probabilities float32[L] >= threshold float32.
+
+    Scores that differ may be one float32 afterwards, so the threshold goes up, past one level after the other, until
+    there are no more alarms than were chosen or are bearable. Where that would be above 1, it is 1, and `alarms` and
+    `shown` say what that means.
+    """
+    allowed = limit.most_alarms(seen.hours)
+    at = np.float32(threshold)
+    while True:
+        passing = probabilities >= at
+        alarms = count_alarms(seen.times_s[passing], limit.quiet_s)
+        if alarms <= max(chosen.alarms, allowed) or at >= 1:
+            break
+        at = min(np.nextafter(probabilities[passing].min(), np.float32(2)), np.float32(1))
+    bound = poisson_limit(alarms, limit.confidence) / max(seen.hours, 1e-12)
+    shown = 0 <= alarms <= allowed
+    return replace(chosen, alarms=alarms, limit_per_hour=bound, shown=shown), float(at)
 
 
 def poisson_limit(count: int, confidence: float) -> float:

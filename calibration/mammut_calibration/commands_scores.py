@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from mammut_runtime.video.decode import quiet_decoder
     help="The vocabulary with what was measured.",
 )
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="The page. Default: OUT with .html.")
-@click.option("--overwrite", is_flag=True, help="Replace a vocabulary that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace a vocabulary and a page that are there.")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="0 takes the physical cores.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
 def scores(
@@ -81,8 +82,9 @@ def scores(
     quiet_decoder()
     if (vocabulary_file is None) == wanted.nothing:
         raise InputError("give either --names (or --exemplar), or --vocabulary")
-    if out.exists() and not overwrite:
-        raise InputError(f"{out}: exists already; give another name with --out, or --overwrite")
+    wanted.check_has_names()
+    page = plot or out.with_suffix(".html")
+    check_places(out, page, overwrite)
     if not 0 < fps < 1e6:
         raise InputError(f"--fps: expected frames a second above 0, got {fps}")
     limit = AlarmLimit(false_alarms, quiet, confidence)
@@ -100,11 +102,30 @@ def scores(
     description = _description(words, limit, looked, fps, len(seen.scores))
     said = list(warnings(results, looked, limit))
     calibrated(words, results, {**description, **_measured(results)}).save(out, overwrite=overwrite)
-    page = plot or out.with_suffix(".html")
     write_scores_page(page, description, said, results, seen.scores, shown)
     for line in said:
         console.note(f"note: {line}")
     _report(results, description, out, page, as_json, looked)
+
+
+def check_places(out: Path, page: Path, overwrite: bool) -> None:
+    """Before hours of footage are looked at: that the results can be written, and replace nothing. Makes the folders.
+
+    Raises InputError.
+    """
+    if out.resolve() == page.resolve():
+        raise InputError(f"{out}: is the vocabulary and the page at once; give the page another name with --plot")
+    for path, option in ((out, "--out"), (page, "--plot")):
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: exists already; give another name with {option}, or --overwrite")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as problem:
+            raise InputError(f"{path}: cannot be written ({problem.strerror}); give another place") from problem
+    if out.exists() and page.exists() and out.samefile(page):
+        raise InputError(f"{out}: is the same file as {page}; give the page another name with --plot")
 
 
 def _description(words: Vocabulary, limit: AlarmLimit, looked: Footage, fps: float, frames: int) -> dict[str, str]:

@@ -21,8 +21,10 @@ LEAST_PICTURES = 8
 """Of each kind: with fewer there is nothing to fit, let alone to judge."""
 BINS = 10
 _STEPS = 60
-_STEEPEST, _FLATTEST = 1e2, 1e-2
+STEEPEST, FLATTEST = 1e2, 1e-2
 """Factors on the logit; scores that tell the two kinds apart without error would make it infinite."""
+_MOST_BIAS = 1e3
+"""What a vocabulary takes (Calibration.bias)."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,19 @@ class Fit:
     """Of the probabilities; each half by the other half's fit."""
 
 
-def fit(positives: NDArray[np.floating[Any]], negatives: NDArray[np.floating[Any]]) -> Fit | None:
+def fit(
+    positives: NDArray[np.floating[Any]], negatives: NDArray[np.floating[Any]], steepest: float = STEEPEST
+) -> Fit | None:
     """Best scores of pictures with the thing and of frames without; None if there are too few, or the scores of the
-    former are not the higher ones."""
+    former are not the higher ones.
+
+    steepest: largest factor on the logit, FLATTEST to STEEPEST.
+    """
     with_thing, without = np.asarray(positives, np.float64), np.asarray(negatives, np.float64)
     if min(len(with_thing), len(without)) < LEAST_PICTURES:
         return None
-    whole = _regression(with_thing, without)
-    halves = [_regression(with_thing[part::2], without[part::2]) for part in (0, 1)]
+    whole = _regression(with_thing, without, steepest)
+    halves = [_regression(with_thing[part::2], without[part::2], steepest) for part in (0, 1)]
     if whole is None or halves[0] is None or halves[1] is None:
         return None
     judged = [
@@ -94,7 +101,7 @@ def _apply(line: tuple[float, float] | None, scores: F64) -> F64:
     return sigmoid(factor * logit(scores) + bias)
 
 
-def _regression(positives: F64, negatives: F64) -> tuple[float, float] | None:
+def _regression(positives: F64, negatives: F64, steepest: float) -> tuple[float, float] | None:
     """Factor and bias by Newton's method; None if the factor would not be above 0."""
     x = logit(np.concatenate([positives, negatives]))
     counts = len(positives), len(negatives)
@@ -123,5 +130,7 @@ def _regression(positives: F64, negatives: F64) -> tuple[float, float] | None:
     factor = line[0] / spread
     if not factor > 0:
         return None
-    kept = float(np.clip(factor, _FLATTEST, _STEEPEST))
-    return kept, float(line[1] - kept * center)
+    kept = float(np.clip(factor, FLATTEST, steepest))
+    if abs(line[1] - kept * center) > _MOST_BIAS:  # a flatter line through the same point, not another point
+        kept = float(np.clip((_MOST_BIAS - abs(line[1])) / abs(center), FLATTEST, kept)) if center else kept
+    return kept, float(np.clip(line[1] - kept * center, -_MOST_BIAS, _MOST_BIAS))

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mammut_calibration.alarms import AlarmLimit, Chosen, Footage, choose_threshold, footage
-from mammut_calibration.platt import LEAST_PICTURES, Fit, fit
+from mammut_calibration.alarms import AlarmLimit, Chosen, Footage, choose_threshold, footage, recounted
+from mammut_calibration.platt import FLATTEST, LEAST_PICTURES, STEEPEST, Fit, fit
 from mammut_runtime.detection.clips import next_due_s
 from mammut_runtime.detection.commands import sources_of
 from mammut_runtime.detection.detector import Square
-from mammut_runtime.detection.vocabulary import Calibration, Entry, Vocabulary
+from mammut_runtime.detection.vocabulary import UNCALIBRATED, Calibration, Entry, Vocabulary, name_key
 from mammut_runtime.errors import InputError
 from mammut_runtime.model import Model
 from mammut_runtime.pictures import read_picture
@@ -95,19 +95,22 @@ def gather_positives(
     """Best scores of each name in the pictures of it: float32[pictures] by name.
 
     folder: one folder for each name, called like it; for a vocabulary of one name it may hold the pictures themselves.
-    Raises InputError for a folder that is called like no name.
+    Case and spaces do not tell names apart. Raises InputError for a folder that is called like no name, and for two
+    that are called like one.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder with one folder for each name in it")
     inside = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-    names = {name.casefold(): index for index, name in enumerate(vocabulary.names)}
+    names = {name_key(name): index for index, name in enumerate(vocabulary.names)}
     if not inside and len(names) == 1:
         return {vocabulary.names[0]: gather(model, vocabulary, [folder], 1.0, note, advance).scores[:, 0]}
     found: dict[str, Scores] = {}
     for each in inside:
-        index = names.get(each.name.casefold())
+        index = names.get(name_key(each.name))
         if index is None:
             raise InputError(f"{each}: is called like no name; the names are {', '.join(vocabulary.names[:8])}")
+        if vocabulary.names[index] in found:
+            raise InputError(f"{each}: another folder is called like this name too; put their pictures into one")
         found[vocabulary.names[index]] = gather(model, vocabulary, [each], 1.0, note, advance).scores[:, index]
     if not found:
         raise InputError(f"{folder}: no folders in it; expected one for each name, with pictures of the thing")
@@ -121,22 +124,30 @@ def calibrate_names(
     seen = footage(background.clips, fps, limit.quiet_s)
     results = []
     for index, name in enumerate(vocabulary.names):
-        chosen = choose_threshold(background.scores[:, index], seen, limit)
         own = positives.get(name)
-        fitted = fit(own, background.scores[:, index]) if own is not None else None
-        calibration = fitted.calibration if fitted is not None else Calibration()
-        threshold = _probability(calibration, chosen.threshold)
-        results.append(
-            NameResult(
-                name,
-                chosen,
-                fitted,
-                Calibration(calibration.temperature, calibration.bias, threshold),
-                0 if own is None else len(own),
-                None if own is None else float(np.mean(own >= chosen.threshold)),
-            )
-        )
+        chosen, fitted, made, threshold = _calibration(own, background.scores[:, index], seen, limit)
+        found = None if own is None else float(np.mean(_probabilities(made, own) >= threshold))
+        calibration = Calibration(made.temperature, made.bias, threshold)
+        results.append(NameResult(name, chosen, fitted, calibration, 0 if own is None else len(own), found))
     return results, seen
+
+
+def _calibration(
+    own: Scores | None, without: Scores, seen: Footage, limit: AlarmLimit
+) -> tuple[Chosen, Fit | None, Calibration, float]:
+    """A threshold that has, in float32, no more alarms than were chosen: where a fit is so steep that probabilities of
+    alarms are 1, a flatter one is made."""
+    score = choose_threshold(without, seen, limit)
+    steepest = STEEPEST
+    while True:
+        fitted = fit(own, without, steepest) if own is not None else None
+        made = fitted.calibration if fitted is not None else UNCALIBRATED
+        start = float(_probabilities(made, np.array([score.threshold], np.float32))[0])
+        chosen, threshold = recounted(score, _probabilities(made, without), start, seen, limit)
+        too_steep = fitted is not None and threshold >= 1 > score.threshold
+        if not too_steep or steepest <= FLATTEST:
+            return chosen, fitted, made, threshold
+        steepest = max(FLATTEST, min(steepest, 1 / made.temperature) / 2)
 
 
 def calibrated(vocabulary: Vocabulary, results: Sequence[NameResult], notes: Mapping[str, str]) -> Vocabulary:
@@ -171,10 +182,10 @@ def _hours(hours: float) -> str:
     return f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.3g} min"
 
 
-def _probability(calibration: Calibration, score: float) -> float:
-    """The threshold as `Vocabulary.probabilities` would have it, so that both sides are rounded alike."""
+def _probabilities(calibration: Calibration, scores: Scores) -> Scores:
+    """float32[L] as `Vocabulary.probabilities` has them, so that all sides are rounded alike."""
     one = Vocabulary((Entry("x", calibration=calibration),), np.ones((1, 1), np.float32), "0" * 64, "", ())
-    return float(one.probabilities(np.array([score], np.float32))[0])
+    return one.probabilities(scores[:, None])[:, 0]
 
 
 def _squares(

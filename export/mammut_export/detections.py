@@ -64,8 +64,8 @@ def _best(scores: NDArray[Any]) -> NDArray[Any]:
 def _matches(
     boxes: NDArray[Any], scores: NDArray[Any], wanted: NDArray[Any], wanted_scores: NDArray[Any]
 ) -> NDArray[np.int64]:
-    """For each wanted proposal the nearest that is left, in order; -1 where none is within 2 * PIXELS and its scores
-    within 2 * SCORE."""
+    """For each wanted proposal the nearest that is left, in order; -1 where none is within 4 * PIXELS. What is near
+    follows from boxes and scores together; how far scores may differ is judged afterwards."""
     apart = np.abs(boxes[None] - wanted[:, None]).max(axis=-1)
     other = np.abs(scores[None] - wanted_scores[:, None]).max(axis=-1)
     cost = apart / PIXELS + other / SCORE

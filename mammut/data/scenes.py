@@ -83,7 +83,9 @@ class Scene:
     """(kind, question, answer); kind is one of QUESTION_KINDS."""
 
 
-QUESTION_KINDS = ("presence", "count", "colour", "relation", "relation yes/no", "what")
+QUESTION_KINDS = ("presence", "count", "colour", "where", "side", "relation yes/no", "other", "what")
+"""where: of a thing; side: what is on one. other: "what is above the owl?" of two things, which who knows both names
+can answer without seeing how they stand."""
 
 
 def compose(rng: np.random.Generator, drawings: Sequence[Drawing], background: Bytes, size: int) -> Scene:
@@ -227,13 +229,22 @@ def _counted(placed: Sequence[Placed]) -> dict[str, int]:
 def _captions(rng: np.random.Generator, placed: Sequence[Placed], size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     parts = [with_article(n) if c == 1 else f"{NUMBERS[c]} {plural(n)}" for n, c in _counted(placed).items()]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    captions = [listed]
-    if len(placed) == 2 and len(parts) == 2:
-        first, second = (placed[i] for i in rng.permutation(2))
-        stands = relation(first, second, size)
-        if stands:
-            captions = [f"{with_article(first.name)} {stands} {with_article(second.name)}"]
-    return tuple(captions), (listed, *captions[1:])
+    if len(placed) != 2 or len(parts) != 2:
+        return (listed,), (listed,)
+    both = relation_captions((placed[0], placed[1]), size)
+    order = rng.permutation(2)
+    return ((both[int(order[0])],) if both else (listed,)), (listed,)
+
+
+def relation_captions(placed: tuple[Placed, Placed], size: int) -> tuple[str, ...]:
+    """ "a key above an owl" and "an owl below a key", of different things that stand plainly to each other; else
+    nothing."""
+    first, second = placed
+    stands = relation(first, second, size)
+    if stands is None:
+        return ()
+    one, other = with_article(first.name), with_article(second.name)
+    return f"{one} {stands} {other}", f"{other} {_OPPOSITE[stands]} {one}"
 
 
 def _questions(
@@ -277,7 +288,7 @@ def _relation_questions(rng: np.random.Generator, placed: Sequence[Placed], size
     answer = "yes" if said == stands else "no"
     found = [("relation yes/no", f"is the {first.name} {said} the {second.name}?", answer)]
     if len(placed) == 2:
-        found.append(("relation", f"what is {stands} the {second.name}?", first.name))
-        found.append(("relation", f"what is {_WHERE[stands]}?", first.name))
-        found.append(("relation", f"where is the {first.name}?", _WHERE[stands]))
+        found.append(("other", f"what is {stands} the {second.name}?", first.name))
+        found.append(("side", f"what is {_WHERE[stands]}?", first.name))
+        found.append(("where", f"where is the {first.name}?", _WHERE[stands]))
     return found

@@ -1,7 +1,8 @@
 """The table of the ablation: means over seeds, paired differences, and what the paper says beside what came out.
 
 Intervals are Student's t over seeds: they say how much initial weights and the order of the data matter, on this one
-set of held-out pictures. Differences are paired: rows of one seed began alike and saw the same pictures.
+set of held-out pictures. Differences are paired: rows of one seed saw the same pictures, and began with the same
+weights, but for those with another number of cross blocks.
 """
 
 from __future__ import annotations
@@ -150,22 +151,37 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
+def check_page(page: Path) -> None:
+    """What write_into would refuse, before there is anything to write. Errors as its."""
+    _around(page)
+
+
 def write_into(page: Path, text: str) -> None:
     """Put the tables between the page's BEGIN and END lines; a page that is not there is begun.
 
     Raises:
         InputError: the page has no such lines, or cannot be written.
     """
-    block = f"{BEGIN}\n{text}\n{END}"
+    before, after = _around(page)
     try:
-        old = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
-        before, begin, rest = old.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise InputError(f"{page}: expected the lines {BEGIN} and {END}, between which the tables are put")
-        page.write_text(before + block + after, encoding="utf-8")
+        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{page}: cannot be written ({error})") from error
+
+
+def _around(page: Path) -> tuple[str, str]:
+    """What stands before and after the tables."""
+    if not page.parent.is_dir():
+        raise InputError(f"{page}: cannot be written; {page.parent} is not a folder")
+    try:
+        old = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{page}: cannot be read ({error})") from error
+    before, begin, rest = old.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"{page}: expected the lines {BEGIN} and {END}, between which the tables are put")
+    return before, after
 
 
 def _figures(results: Sequence[Result]) -> str:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mammut import presets
 from mammut.bpe_training import train_tokenizer
@@ -36,7 +36,7 @@ from mammut.training.recipes import small_set
 from mammut.training.run_config import RunConfig, SaveOptions, Source, StageOptions
 from mammut.training.run_log import RunLog
 from mammut_runtime.errors import InputError
-from mammut_runtime.strict import to_dict
+from mammut_runtime.strict import Omissible, to_dict
 from mammut_runtime.tokenizer import Tokenizer
 
 STEPS = 160
@@ -73,6 +73,8 @@ class Result:
     """Wall-clock, on whatever else the machine was doing."""
     figures: dict[str, float]
     """Shares from 0 to 1; see ablation_measures.measure."""
+    options: Annotated[str, Omissible()] = ""
+    """Another digest, of how it was trained; "" in results from before there was one, which are taken as they are."""
 
 
 def rows() -> dict[str, Row]:
@@ -186,9 +188,9 @@ def run_rows(
         batches: list[LoadedBatch] = []
         for row in wanted:
             config = run_of(row, prepared, steps, seed, batch)
-            digest = setup_digest(config, prepared)
+            setup = {"setup": setup_digest(config, prepared), "options": options_digest(config)}
             done = next((each for each in read_results(out) if (each.row, each.seed) == (row.name, seed)), None)
-            if done is not None and done.setup != digest:
+            if done is not None and (done.setup, done.options or setup["options"]) != tuple(setup.values()):
                 raise InputError(
                     f"{out / RESULTS}: has row {row.name!r}, seed {seed}, of another setup ({done.steps} steps, "
                     f"{done.pictures} pictures; now {steps} steps of {batch}); choose another OUT"
@@ -196,7 +198,7 @@ def run_rows(
             if done is None:
                 note(f"row {row.name}, seed {seed}")
                 batches = batches or draw_batches(config)
-                done = _finished(row, config, digest, batches, held_out, out)
+                done = _finished(row, config, setup, batches, held_out, out)
                 keep_result(out, done)
             elif measure_again:
                 note(f"row {row.name}, seed {seed}: measured again")
@@ -220,7 +222,7 @@ def draw_batches(config: RunConfig) -> list[LoadedBatch]:
 
 
 def setup_digest(config: RunConfig, prepared: Prepared) -> str:
-    """Of everything that decides the outcome, wherever OUT is."""
+    """Of the data and of what a row or an option of the command may change, wherever OUT is."""
     parts = {
         "model": to_dict(config.model),
         "objective": to_dict(config.objective),
@@ -229,11 +231,25 @@ def setup_digest(config: RunConfig, prepared: Prepared) -> str:
         "seed": config.seed,
         "data": prepared.digest,
     }
+    return _digest(parts)
+
+
+def options_digest(config: RunConfig) -> str:
+    """Of everything else that decides the outcome and is the same for all rows, but for paths."""
+    data = to_dict(config.data)
+    data["sources"] = [
+        {k: v for k, v in source.items() if k not in ("files", "drawings")} for source in data["sources"]
+    ]
+    names = ("optimizer", "initial", "preprocess", "prompts", "lora", "micro_batches", "parallel")
+    return _digest({"data": data} | {name: to_dict(getattr(config, name)) for name in names})
+
+
+def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _finished(
-    row: Row, config: RunConfig, digest: str, batches: Sequence[LoadedBatch], held_out: HeldOut, out: Path
+    row: Row, config: RunConfig, setup: dict[str, str], batches: Sequence[LoadedBatch], held_out: HeldOut, out: Path
 ) -> Result:
     folder, began, stage = _folder(config, row, out), time.monotonic(), config.stages[0]
     with joined("cpu") as place:
@@ -248,7 +264,7 @@ def _finished(
     took = time.monotonic() - began
     pictures = config.steps * config.batch_size
     figures = _figures(config, folder, held_out)
-    return Result(row.name, config.seed, config.steps, pictures, digest, round(took, 1), figures)
+    return Result(row.name, config.seed, config.steps, pictures, train_s=round(took, 1), figures=figures, **setup)
 
 
 def _folder(config: RunConfig, row: Row, out: Path) -> Path:

@@ -22,7 +22,7 @@ from mammut.data.clip_scenes import (
     compose_clip,
 )
 from mammut.data.pairs import square
-from mammut.demo.recipe import photo_pairs
+from mammut.demo.recipe import held_out_photos
 from mammut.demo.scenes import scene_drawings
 from mammut_runtime.errors import InputError
 
@@ -49,7 +49,7 @@ def held_out_clips(
     new_drawings: with drawings that are never trained on either. Errors as recipe.training_pairs'.
     """
     drawings = scene_drawings(data, held_out=new_drawings)
-    pairs = photo_pairs(data, "val")
+    pairs = held_out_photos(data)
     photos = [square(pair.data, max(BACKGROUND_SIDE, size), alpha=False) for pair in pairs]
     order = np.random.default_rng(seed).permutation(len(photos))
     for index in range(number):

@@ -35,6 +35,8 @@ QUESTIONS = 2000
 """Size of the sample of easy-VQA's test questions."""
 MAX_ANSWER = 16
 """Tokens."""
+IS_THIS = slice(3, 5)
+"""Of a labelled picture's questions: "is this a rose?", once of what it is and once of something else."""
 
 F32 = npt.NDArray[np.float32]
 
@@ -159,12 +161,14 @@ def _labelled(judge: Judge, pairs: list[Pair], trained: list[Pair], subject: str
     scores = embeddings @ judge.embed(names).T
     captions = judge.write(tokens, [""] * len(pairs))
     kinds = [next((q, a) for q, a in pair.questions if q == f"what kind of {subject} is this?") for pair in pairs]
-    yes_no = [
-        [(q, a) for q, a in pair.questions if a in ("yes", "no") and q.startswith("is this a")][:2] for pair in pairs
-    ]
     kind_answers = judge.ask(tokens, [q for q, _ in kinds])
+    yes_no = [pair.questions[IS_THIS] for pair in pairs]
+    usual: dict[str, Counter[str]] = {}
+    for question, answer in (each for pair in trained for each in pair.questions[IS_THIS]):
+        usual.setdefault(question, Counter())[answer] += 1
     rows = [row for row, asked in enumerate(yes_no) for _ in asked]
     yes_no_flat = [each for asked in yes_no for each in asked]
+    blind = [usual[q].most_common(1)[0][0] if q in usual else "yes" for q, _ in yes_no_flat]
     answers = judge.ask(tokens[rows], [q for q, _ in yes_no_flat])
     per_name = {
         name: round(_share([captions[row] == judge.spell(name) for row, text in enumerate(truth) if text == name]), 4)
@@ -179,6 +183,7 @@ def _labelled(judge: Judge, pairs: list[Pair], trained: list[Pair], subject: str
         "what_kind_exact": _share([g == judge.spell(a) for g, (_, a) in zip(kind_answers, kinds, strict=True)]),
         "yes_no": _share([g == a for g, (_, a) in zip(answers, yes_no_flat, strict=True)]),
         "yes_no_questions": len(yes_no_flat),
+        "yes_no_without_the_picture": _share([b == a for b, (_, a) in zip(blind, yes_no_flat, strict=True)]),
         "pixel_neighbour": _share(
             [trained[n].captions[0] == t for n, t in zip(_neighbours(pairs, trained), truth, strict=True)]
         ),
@@ -195,7 +200,10 @@ def _emoji(judge: Judge, pairs: list[Pair], data: Path) -> dict[str, Any]:
     trained = [pair for pair in everything if not recipe.held_out_drawing(pair)]
     names = sorted({pair.captions[0] for pair in everything})
     tokens, embeddings = judge.see(pairs)
-    order = (embeddings @ judge.embed(names).T).argsort(dim=1, descending=True)
+    forms = ("an emoji of {}", "{}", "an emoji: {}", "a drawing of {}")  # as in training; their mean, as usual
+    plain = [name.removeprefix("an emoji of ") for name in names]
+    texts = torch.stack([judge.embed([form.format(name) for name in plain]) for form in forms]).mean(dim=0)
+    order = (embeddings @ texts.T).argsort(dim=1, descending=True)
     ranked = [[names[i] for i in row[:5].tolist()] for row in order]
     truth = [pair.captions[0] for pair in pairs]
     captions = judge.write(tokens, [""] * len(pairs))

@@ -6,6 +6,7 @@ Backgrounds are held-out photographs. The drawings are those of training, or one
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from mammut.checkpoint import Checkpoint
-from mammut.data.scenes import QUESTION_KINDS, Drawing, Scene, compose, plural
+from mammut.data.scenes import QUESTION_KINDS, Drawing, Scene, compose, plural, relation_captions
 from mammut.demo.evaluate import CHUNK, Judge
 from mammut.demo.scenes import backgrounds, scene_drawings
 from mammut.evaluation.bootstrap import Bootstrap, mean_of
@@ -53,14 +54,18 @@ def _figures(judge: Judge, scenes: Sequence[Scene], drawings: Sequence[Drawing])
     asked = [(row, *question) for row, scene in enumerate(scenes) for question in scene.questions]
     answers = judge.ask(tokens[[row for row, *_ in asked]], [question for _, _, question, _ in asked])
     captions = judge.write(tokens, [""] * len(scenes))
-    exact = [c in {judge.spell(text) for text in s.captions} for c, s in zip(captions, scenes, strict=True)]
+    exact = [c in _right_captions(judge, s) for c, s in zip(captions, scenes, strict=True)]
     named = [_names(caption, scene) for caption, scene in zip(captions, scenes, strict=True)]
     kinds = {}
     for kind in QUESTION_KINDS:
-        own = [(row, given, answer) for (row, k, _, answer), given in zip(asked, answers, strict=True) if k == kind]
-        usual = Counter(answer for _, _, answer in own).most_common(1)[0][1] / len(own)
-        right = [given == judge.spell(answer) for _, given, answer in own]
-        kinds[kind] = {**share_with_interval(right, [row for row, *_ in own]), "most_frequent_answer": round(usual, 4)}
+        rows = [
+            (row, given == judge.spell(answer), _form(question, scenes[row]), answer)
+            for (row, k, question, answer), given in zip(asked, answers, strict=True)
+            if k == kind
+        ]
+        if rows:
+            right = share_with_interval([right for _, right, _, _ in rows], [row for row, *_ in rows])
+            kinds[kind] = {**right, "most_frequent_answer": _most_frequent([(form, a) for *_, form, a in rows])}
     return {
         "scenes": len(scenes),
         "drawings": len(drawings),
@@ -70,10 +75,34 @@ def _figures(judge: Judge, scenes: Sequence[Scene], drawings: Sequence[Drawing])
     }
 
 
+def _right_captions(judge: Judge, scene: Scene) -> set[str]:
+    """Either of two things may come first."""
+    both: tuple[str, ...] = ()
+    if len(scene.placed) == 2 and len({placed.name for placed in scene.placed}) == 2:
+        both = relation_captions((scene.placed[0], scene.placed[1]), len(scene.pixels))
+    return {judge.spell(text) for text in (*scene.captions, *both)}
+
+
+def _form(question: str, scene: Scene) -> str:
+    """The question without the names of what is there."""
+    for name in sorted({placed.name for placed in scene.placed}, key=len, reverse=True):
+        question = question.replace(plural(name), "X").replace(name, "X")
+    return question
+
+
+def _most_frequent(rows: Sequence[tuple[str, str]]) -> float:
+    """What who always gives a form's most frequent answer gets right. rows: (form, answer)."""
+    forms: dict[str, Counter[str]] = {}
+    for form, answer in rows:
+        forms.setdefault(form, Counter())[answer] += 1
+    return round(sum(max(counts.values()) for counts in forms.values()) / len(rows), 4)
+
+
 def _names(caption: str, scene: Scene) -> float:
     """The share of the things in a scene that a caption names."""
     names = {placed.name for placed in scene.placed}
-    return sum(name in caption or plural(name) in caption for name in names) / len(names)
+    said = (rf"\b({re.escape(name)}|{re.escape(plural(name))})\b" for name in names)
+    return sum(re.search(each, caption) is not None for each in said) / len(names)
 
 
 def share_with_interval(right: Sequence[bool], groups: Sequence[int] | None = None) -> dict[str, float]:

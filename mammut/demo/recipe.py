@@ -25,10 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mammut.bpe_training import train_tokenizer
 from mammut.checkpoint import load_checkpoint
 from mammut.config import VideoConfig
-from mammut.data.pairs import Pair, read_tars
+from mammut.data.pairs import Pair, read_tars, square
 from mammut.demo.scene_names import SCENE_NAMES
 from mammut.presets import demo, demo_video
 from mammut.training.recipes import small_set
@@ -68,6 +70,8 @@ PROMPTS = {"caption": "", "ask": "question: {question} answer:", "zero_shot": "{
 
 
 VOCABULARY = 2048
+TWIN = 0.02
+"""Two photographs that differ by less (root mean square of a thumbnail, 0 to 1) are the same, cut or stored anew."""
 STEPS = 2866
 """Of the first stage, of 96 pictures each."""
 SCENE_STEPS = 1900
@@ -264,8 +268,8 @@ def held_out(data: Path) -> dict[str, list[Pair]]:
     check_folder(data)
     return {
         "clothing": labelled_pairs(data, "clothing", "val"),
-        "flowers": labelled_pairs(data, "flowers", "val"),
-        "photos": photo_pairs(data, "val"),
+        "flowers": without_twins(labelled_pairs(data, "flowers", "val"), labelled_pairs(data, "flowers", "train")),
+        "photos": held_out_photos(data),
         "emoji": [pair for pair in emoji_pairs(data) if held_out_drawing(pair)],
         "shapes": shape_pairs(data / "easy-vqa" / "test"),
     }
@@ -302,8 +306,7 @@ def held_out_drawing(pair: Pair) -> bool:
 
 def emoji_pairs(data: Path) -> list[Pair]:
     """Both vendors' drawings with their Unicode names."""
-    with (data / "emoji" / "names.tsv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = _emoji_rows(data / "emoji" / "names.tsv")
     drawn_twice = {row["file"] for row in rows if row["vendor"] == "blobmoji"} & {
         row["file"] for row in rows if row["vendor"] == "noto"
     }
@@ -321,17 +324,59 @@ def emoji_pairs(data: Path) -> list[Pair]:
     return pairs
 
 
+def _emoji_rows(path: Path) -> list[dict[str, Any]]:
+    """InputError where a line has no vendor, file or name."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        columns: list[str] = list(reader.fieldnames or ())
+        rows: list[dict[str, Any]] = list(reader)
+    missing = [key for key in ("vendor", "file", "name") if key not in columns]
+    if missing:
+        raise InputError(f"{path}: line 1: expected a column {' and '.join(missing)}, got {', '.join(columns)}")
+    for number, row in enumerate(rows, 2):
+        for key in ("vendor", "file", "name"):
+            _text(row, key, f"{path}: line {number}")
+    return rows
+
+
+def _text(row: Mapping[str, Any], key: str, name: str, empty: bool = False) -> str:
+    """A field of the record `name`. InputError where it is missing or no text; blank only where it may be `empty`."""
+    found = row.get(key)
+    if isinstance(found, str) and (empty or found.strip()):
+        return found
+    got = "nothing" if key not in row else repr(found)[:40]
+    raise InputError(f"{name}: {key}: expected a text, got {got}")
+
+
 def photo_pairs(data: Path, split: str) -> list[Pair]:
     """Photographs with a person's description; a tenth of the keys is "val"."""
 
     def to_pair(name: str, picture: bytes, row: dict[str, Any]) -> Pair | None:
         if (_hash(name) % 10 == 0) != (split == "val"):
             return None
-        caption = plain_caption(row["caption"])
+        caption = plain_caption(_text(row, "caption", name))
         questions = (("is this a drawing?", "no"), ("what is this?", "a photo"))
-        return Pair(name, picture, (caption,), (caption,), questions, f"{row['credit']} CC BY 4.0".strip())
+        credit = f"{_text(row, 'credit', name, empty=True)} CC BY 4.0".strip()
+        return Pair(name, picture, (caption,), (caption,), questions, credit)
 
     return list(read_tars(sorted((data / "pairs").glob("photos-*.tar")), to_pair))
+
+
+def held_out_photos(data: Path) -> list[Pair]:
+    """The photographs of "val" that are not in training under another key, as textbooks share some."""
+    return without_twins(photo_pairs(data, "val"), photo_pairs(data, "train"))
+
+
+def without_twins(pairs: Sequence[Pair], trained: Sequence[Pair]) -> list[Pair]:
+    """Those whose 16 x 16 thumbnail is not within TWIN of a trained picture's."""
+    known = _thumbnails(trained)
+    apart = (np.sqrt(((known - own) ** 2).mean(axis=1)).min() for own in _thumbnails(pairs))
+    return [pair for pair, distance in zip(pairs, apart, strict=True) if distance > TWIN]
+
+
+def _thumbnails(pairs: Sequence[Pair]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """float32[N, 768], 0 to 1."""
+    return np.stack([square(pair.data, 16, alpha=False).ravel().astype(np.float32) / 255 for pair in pairs])
 
 
 def plain_caption(caption: str) -> str:
@@ -400,11 +445,13 @@ def labelled_pairs(data: Path, kind: str, split: str) -> list[Pair]:
     subject = "flower" if kind == "flowers" else "clothing"
 
     def to_pair(name: str, picture: bytes, row: dict[str, Any]) -> Pair | None:
-        if row["split"] != split:
+        if _text(row, "split", name) != split:
             return None
+        if _text(row, "label", name) not in names:
+            raise InputError(f"{name}: label: expected one of {', '.join(names)}, got {row['label'][:40]!r}")
         thing = names[row["label"]]
         forms = (f"a photo of {thing}", thing, f"a picture of {thing}", re.sub("^an? ", "", thing))
-        credit = f"Flickr photo {row['flickr_id']}, CC BY 2.0" if kind == "flowers" else "CC0 1.0"
+        credit = f"Flickr photo {_text(row, 'flickr_id', name)}, CC BY 2.0" if kind == "flowers" else "CC0 1.0"
         return Pair(name, picture, forms[:1], forms, _questions(name, thing, subject, list(names.values())), credit)
 
     return list(read_tars(sorted((data / "pairs").glob(f"{kind}-*.tar")), to_pair))

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mammut.data.pairs import Pair, read_drawing, square
 from mammut.data.scenes import Bytes, Drawing, Placed, Scene, compose, trimmed
-from mammut.demo.recipe import emoji_pairs, held_out_drawing, photo_pairs
+from mammut.demo.recipe import emoji_pairs, held_out_drawing, held_out_photos, photo_pairs
 from mammut.demo.scene_names import SCENE_NAMES, SCENE_NOVEL
 
 
@@ -35,7 +35,8 @@ def drawings_of(pairs: Iterable[Pair]) -> list[Drawing]:
 
 def backgrounds(data: Path, split: Literal["train", "val"], side: int) -> list[Bytes]:
     """The photographs of one split, uint8[side, side, 3] each, squashed. Errors as recipe.training_pairs'."""
-    return [square(pair.data, side, alpha=False) for pair in photo_pairs(data, split)]
+    pairs = photo_pairs(data, "train") if split == "train" else held_out_photos(data)
+    return [square(pair.data, side, alpha=False) for pair in pairs]
 
 
 __all__ = [

@@ -142,6 +142,7 @@ class BoxFile:
             ignore=record.crowd,
             absent=None if record.absent is None else tuple(names[place] for place in record.absent),
             partial=tuple(names[place] for place in record.partial),
+            stated=(record.width, record.height),
         )
 
 

@@ -10,7 +10,6 @@ about names (see lvis_files.py).
 
 from __future__ import annotations
 
-import math
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,8 +104,8 @@ class _Raw:
         if type(crowd) not in (int, bool) or crowd not in (0, 1):
             raise InputError(f"{where}: iscrowd: expected 0 or 1, got {shown(crowd)}")
         area = record.get("area", -1.0)
-        if "area" in record and not (type(area) in (int, float) and 0 <= area < math.inf):
-            raise InputError(f"{where}: area: expected a number of pixels from 0 on, got {shown(area)}")
+        if "area" in record and not (type(area) in (int, float) and 0 <= area < _FAR**2):
+            raise InputError(f"{where}: area: expected a number of pixels from 0 on, under 1e18, got {shown(area)}")
         self.ids.append(whole(record, "id", where))
         self.image_ids.append(whole(record, "image_id", where))
         self.category_ids.append(whole(record, "category_id", where))

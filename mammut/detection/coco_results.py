@@ -8,7 +8,7 @@ LVIS takes the same.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ def read_results(path: Path, file: BoxFile) -> list[Found]:
         if category_id not in label_of:
             raise InputError(f"{where}: category_id {category_id} is not in {file.path.name}")
         score: Any = record.get("score")
-        if type(score) not in (int, float) or not math.isfinite(score):
+        if type(score) not in (int, float) or not abs(score) <= sys.float_info.max:
             raise InputError(f"{where}: score: expected a finite number, got {shown(score)}")
         boxes.extend(numbers(record, "bbox", where))
         owners.append(picture_of[image_id])

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from mammut.config import MammutConfig, Size
 from mammut_runtime.detection.rule import MAX_NAMES, Name, Share
-from mammut_runtime.errors import CheckpointError
+from mammut_runtime.errors import CheckpointError, InputError
 from mammut_runtime.strict import Between, Length, from_dict, to_dict
 
 Block = Annotated[int, Between(0, 255)]
@@ -81,6 +81,14 @@ class DetectorConfig:
     def places(self) -> int:
         """Places over all levels: from each comes one box."""
         return sum((self.image_size // stride) ** 2 for stride in self.strides)
+
+
+def checked(config: DetectorConfig) -> DetectorConfig:
+    """The same, held to what reading it from a checkpoint and a bundle's manifest will ask. Raises InputError."""
+    for template in config.templates:
+        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
+            raise InputError(f"template {template[:80]!r}: expected {{}} once, for the name, and no other braces")
+    return from_dict(DetectorConfig, config.to_dict(), "detector", InputError)
 
 
 def detector_for(model: MammutConfig, templates: tuple[str, ...]) -> DetectorConfig:

@@ -189,8 +189,10 @@ def box_figures(checkpoint: Checkpoint, spec: str) -> dict[str, float]:
     boxed = file.boxed_set(parsed.images or parsed.file.parent)
     classes = class_embeddings(checkpoint.model, checkpoint.tokenizer, boxed.names, detector.config.templates)
     new = torch.tensor([float(name not in detector.config.base_names) for name in boxed.names], device=classes.device)
-    images = [picture.rgb() for picture in boxed.pictures]
-    found = find(detector, images, {"": Vocabulary(classes, new)}, checkpoint.preprocess)[""]
+    found: list[Found] = []
+    for start in range(0, len(boxed.pictures), AT_ONCE):  # a user's set need not fit into memory
+        images = [picture.rgb() for picture in boxed.pictures[start : start + AT_ONCE]]
+        found += find(detector, images, {"": Vocabulary(classes, new)}, checkpoint.preprocess)[""]
     precision = Precision(match(file, found))
     figures = {"ap50": round(point(precision.average(HALF), len(found)), 4)}
     for place in precision.names_with_things() if len(boxed.names) <= 20 else []:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mammut.detection.detector import BOX_WEIGHTS, SHORTEST, Detector, refined
+from mammut.detection.detector import SHORTEST, Detector, refined
 from mammut.detection.feeding import Batch
 from mammut.detection.proposals import best, peaks
 
@@ -198,4 +198,4 @@ def _area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
 
 
-__all__ = ["BOX_WEIGHTS", "LossOptions", "detection_losses", "iou", "paired_iou", "place_targets", "sample_regions"]
+__all__ = ["LossOptions", "detection_losses", "iou", "paired_iou", "place_targets", "sample_regions"]

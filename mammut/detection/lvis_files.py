@@ -41,7 +41,12 @@ class LvisForm(CocoForm):
     def file_name(self, record: Any, where: str) -> str:
         if "file_name" in record:
             return text(record, "file_name", where)
-        parts = PurePosixPath(urlsplit(text(record, "coco_url", where)).path).parts[-2:]
+        try:
+            address = urlsplit(text(record, "coco_url", where)).path
+        except ValueError as problem:  # brackets that hold no address
+            given = shown(record["coco_url"])
+            raise InputError(f"{where}: coco_url: expected an address, got {given} ({problem})") from problem
+        parts = PurePosixPath(address).parts[-2:]
         if len(parts) < 2 or parts[0] == "/":
             raise InputError(f"{where}: coco_url: expected .../FOLDER/FILE, got {shown(record['coco_url'])}")
         return "/".join(parts)

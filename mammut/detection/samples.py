@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mammut_runtime.errors import InputError
 from mammut_runtime.pictures import read_picture
 
 F32 = npt.NDArray[np.float32]
@@ -38,12 +39,23 @@ class BoxedPicture:
     few names a picture; about all others nothing is known, and they must not count as wrong."""
     partial: tuple[str, ...] = ()
     """Names of which not every thing in the picture has a box."""
+    stated: tuple[int, int] | None = None
+    """Width and height that the record of a file's picture gives, pixels; its boxes are in them."""
 
     def rgb(self) -> U8:
-        """uint8[H, W, 3]. Raises mammut_runtime.errors.InputError where the file cannot be read."""
+        """uint8[H, W, 3]. Raises mammut_runtime.errors.InputError where the file cannot be read, or is not as large as
+        its record says."""
         if isinstance(self.picture, np.ndarray):
             return self.picture
-        return read_picture(self.picture, upright=False).rgb()
+        pixels = read_picture(self.picture, upright=False).rgb()
+        height, width = pixels.shape[:2]
+        if self.stated not in (None, (width, height)):
+            told = "{} x {}".format(*self.stated or ())
+            raise InputError(
+                f"{self.name}: the picture has {width} x {height} pixels and its record says {told}: the boxes are of "
+                "another picture; take the one they were drawn on"
+            )
+        return pixels
 
 
 @dataclass(frozen=True)

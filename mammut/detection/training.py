@@ -8,6 +8,7 @@ steps.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import time
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from mammut.checkpoint import Checkpoint, save_checkpoint
-from mammut.detection.config import DetectorConfig
+from mammut.detection.config import DetectorConfig, checked
 from mammut.detection.detector import Detector
-from mammut.detection.feeding import Batch, Fed, batches
+from mammut.detection.feeding import Batch, Fed, batches, digest
 from mammut.detection.losses import LossOptions, detection_losses
 from mammut.detection.names import class_embeddings
 from mammut.training.guards import LossWatch
@@ -30,13 +31,18 @@ from mammut.training.optimizers import Average, OptimizerOptions, make_optimizer
 from mammut.training.run_log import RunLog
 from mammut.training.run_state import code_version
 from mammut_runtime.errors import CheckpointError, InputError
-from mammut_runtime.strict import Between, to_dict
+from mammut_runtime.strict import Between, from_dict, to_dict
 
 STATE_FILE, CHECKPOINT_FOLDER = "state.pt", "checkpoint"
 EXPLODES = 5.0
 """Times its average that a loss must not exceed for some steps."""
 _PARTS = 10_000
 """Steps of the schedule of a run that is as long as its minutes."""
+_DAMAGE = (
+    OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What reading a damaged file, or taking over what it holds, may raise."""
 Evaluate = Callable[[Checkpoint], Mapping[str, float]]
 
 
@@ -47,7 +53,7 @@ class DetectRun:
     steps: Annotated[int, Between(1, 100_000_000)] | None
     """Length of the run; None: as many as fit into `minutes`, along which the learning rate then falls."""
     minutes: Annotated[float, Between(0, 1e6)] | None
-    """Stop after so long."""
+    """Stop after so long: without steps, over all sittings of the run; with steps, in this one."""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
     learning_rate: Annotated[float, Between(0, 10)] = 2e-3
     warmup: Annotated[float, Between(0, 1)] = 0.03
@@ -94,7 +100,8 @@ def train_detector(
         evaluate: measures what would be saved now; its figures are logged.
 
     Raises:
-        InputError: nothing to train on, or OUT holds another run.
+        InputError: nothing to train on, a config or run out of its limits, or OUT holds another run.
+        CheckpointError: the state that OUT holds is damaged.
         MammutError: the loss is not finite or explodes.
     """
     names = {name for fed in feeds for name in fed.source.names} - novel
@@ -104,11 +111,13 @@ def train_detector(
         names |= set(start.detector.config.base_names)
     if run.steps is None and run.minutes is None:
         raise InputError("expected a number of steps, or minutes")
-    config = replace(config, base_names=tuple(sorted(names)))
+    from_dict(DetectRun, to_dict(run), "run", InputError)
+    config = checked(replace(config, base_names=tuple(sorted(names))))
+    begun = (out / STATE_FILE).exists()
+    if begun and not resume:
+        raise InputError(f"{out}: already holds a run; go on with --resume or choose another folder")
     work = _Work(start, config, feeds, run, out, note)
-    if (out / STATE_FILE).exists():
-        if not resume:
-            raise InputError(f"{out}: already holds a run; go on with --resume or choose another folder")
+    if begun:
         work.load()
     with RunLog(out, work.step, run.steps or _PARTS, tensorboard=False) as log:
         work.train(log, evaluate)
@@ -137,6 +146,7 @@ class _Work:
         self.average = Average(self.trained, run.optimizer.average) if run.optimizer.average else None
         self.watch = LossWatch(EXPLODES)
         self.step, self.elapsed_s = 0, 0.0
+        self.data = [[fed.source.name, fed.weight, to_dict(fed.jitter), digest(fed.source)] for fed in feeds]
 
     @property
     def progress(self) -> float:
@@ -153,10 +163,10 @@ class _Work:
             batch_size=run.batch_size, seed=run.seed, start=self.step, threads=run.threads,
         )  # fmt: skip
         began = time.monotonic() - self.elapsed_s
-        saved = logged = time.monotonic()
+        here = saved = logged = time.monotonic()
         before = self.step
         with contextlib.closing(feed):
-            while self.progress < 1 and (run.minutes is None or self.elapsed_s < 60 * run.minutes):
+            while self.progress < 1 and not self._sat_long_enough(time.monotonic() - here):
                 losses, norm, rate = self.train_step(next(feed))
                 self.elapsed_s = time.monotonic() - began
                 over = self.progress >= 1
@@ -175,6 +185,10 @@ class _Work:
         self.save()
         if self.progress < 1:
             self.note(f"stopped at step {self.step}; go on with --resume")
+
+    def _sat_long_enough(self, seconds: float) -> bool:
+        """Whether a run with steps is to stop here, to be resumed. One without them ends by its progress."""
+        return self.run.steps is not None and self.run.minutes is not None and seconds >= 60 * self.run.minutes
 
     def train_step(self, batch: Batch) -> tuple[dict[str, float], float, float]:
         """One optimizer step; returns losses, the gradient's norm and the learning rate."""
@@ -236,8 +250,7 @@ class _Work:
     def _settings(self) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
         run = to_dict(replace(self.run, minutes=None, threads=1, log_every=1, save_minutes=0.0))
-        sources = [[fed.source.name, fed.weight, len(fed.source.names)] for fed in self.feeds]
-        return {"run": run, "detector": self.detector.config.to_dict(), "start": self.start.sha256, "data": sources}
+        return {"run": run, "detector": self.detector.config.to_dict(), "start": self.start.sha256, "data": self.data}
 
     def save(self) -> None:
         """Write OUT/state.pt, whole or not at all."""
@@ -261,25 +274,52 @@ class _Work:
         path = self.out / STATE_FILE
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            settings = state["settings"]
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path}: damaged ({error}); remove it to begin again") from error
-        now = self._settings()
-        wrong = [name for name in now if settings.get(name) != now[name]]
+            now, settings = self._settings(), dict(state["settings"])
+            wrong = [name for name in now if settings[name] != now[name]]
+            if not wrong:
+                self._restore(state)
+        except _DAMAGE as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise CheckpointError(f"{path}: damaged ({reason}); remove it to begin again") from error
         if wrong:
             raise InputError(f"{path}: was saved by a run with other {', '.join(wrong)}; resume with its own options")
+        if state["code"] != code_version():
+            self.note(f"{path}: was saved by other code ({state['code']}); this is {code_version()}")
+        self.note(f"going on from step {self.step}")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take over a state of this run. Raises one of _DAMAGE where a part of it is of another form."""
+        step, elapsed, average, watch = state["step"], state["elapsed_s"], state["average"], state["watch"]
+        if type(step) is not int or step < 0 or type(elapsed) not in (int, float) or not 0 <= elapsed < math.inf:
+            raise ValueError(f"step {step}, {elapsed} s")
+        if type(state["code"]) is not str or len(watch) != 3 or not all(math.isfinite(each) for each in watch):
+            raise ValueError("the code's version or the loss watch is of another form")
+        wanted = [] if self.average is None else self.average.values
+        if [(each.shape, each.dtype) for each in average] != [(each.shape, each.dtype) for each in wanted]:
+            raise ValueError("the averaged weights are others")
+        if bool(state["trunk"]) != bool(self.run.trunk_rate):
+            raise ValueError("the encoder's weights")
         self.detector.load_own(state["own"])
         if state["trunk"]:
             self.start.model.vision.load_state_dict(state["trunk"])
         for optimizer, each in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(each)
+            _load_optimizer(optimizer, each)
         if self.average is not None:
-            self.average.values = state["average"]
-        self.watch.restore(state["watch"])
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
-        if state["code"] != code_version():
-            self.note(f"{path}: was saved by other code ({state['code']}); this is {code_version()}")
-        self.note(f"going on from step {self.step}")
+            self.average.values = average
+        self.watch.restore(watch)
+        self.step, self.elapsed_s = step, float(elapsed)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """PyTorch compares only how many parameters there are: what else is wrong would show at the first step."""
+    wanted = [set(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if [set(group) for group in optimizer.param_groups] != wanted:
+        raise ValueError("the optimizer's groups are of another form")
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"the optimizer's {name} is of another shape than its parameter")
 
 
 def _same_sizes(one: DetectorConfig, other: DetectorConfig) -> bool:

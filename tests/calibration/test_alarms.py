@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mammut_calibration.alarms import AlarmLimit, Footage, choose_threshold, count_alarms, footage, poisson_limit
+from mammut_calibration.alarms import (
+    AlarmLimit,
+    Footage,
+    choose_threshold,
+    count_alarms,
+    footage,
+    poisson_limit,
+    recounted,
+)
 from mammut_runtime.errors import InputError
 
 
@@ -134,3 +142,19 @@ def test_the_promise_holds_on_footage_that_was_not_seen() -> None:
 def test_limits_out_of_range(values: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         AlarmLimit(**values)
+
+
+def test_alarms_are_recounted_as_the_runtime_compares() -> None:
+    """Two scores that are one float32 after calibration: the threshold between them lets both pass."""
+    scores, seen = frames([0.1, 0.6, 0.8, 0.2], 5.0)
+    limit = AlarmLimit(1.0, quiet_s=0)  # one alarm is bearable
+    chosen = choose_threshold(scores, seen, limit)
+    assert chosen.alarms == 1
+    merged = np.array([0.1, 0.9, 0.9, 0.2], np.float32)
+    kept, threshold = recounted(chosen, merged, float(np.float32(0.9)), seen, limit)
+    assert threshold == np.nextafter(np.float32(0.9), np.float32(1)) and kept.alarms == 0 and kept.shown
+    same, threshold = recounted(chosen, scores, float(np.float32(chosen.threshold)), seen, limit)  # control
+    assert (same.alarms, same.shown, threshold) == (1, True, float(np.float32(chosen.threshold)))
+    saturated = np.array([0.1, 1, 1, 1], np.float32)
+    kept, threshold = recounted(chosen, saturated, 1.0, seen, limit)
+    assert (kept.alarms, kept.shown, threshold) == (3, False, 1.0) and kept.limit_per_hour > 1

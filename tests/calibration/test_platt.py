@@ -68,3 +68,16 @@ def test_reliability_of_known_probabilities() -> None:
     assert perfect.so == (0.5,) and perfect.weights == (1.0,) and perfect.error == 0.25
     sure = reliability(np.array([1.0]), np.array([0.0]))
     assert sure.error == 0 and sure.weights == (0.5, 0.5) and sure.to_dict()["error"] == 0
+
+
+def test_a_line_far_from_the_middle_is_flatter_and_not_outside_what_is_kept() -> None:
+    """Scores near 0, well apart: with the steepest line the bias would be 1600."""
+    found = fit(np.full(40, 4e-7), np.full(40, 1e-7))
+    assert found is not None
+    calibration = found.calibration
+    assert 0 < calibration.bias <= 1000 and calibration.temperature > 0.01
+    words = Vocabulary((Entry("cat", calibration=calibration),), np.ones((1, 1), np.float32), "0" * 64, "m", ())
+    high, low = words.probabilities(np.array([[4e-7], [1e-7]], np.float32))[:, 0]
+    assert low < 0.1 and high > 0.9
+    usual = fit(np.linspace(0.6, 0.9, 20), np.linspace(0.01, 0.3, 20))  # control
+    assert usual is not None and abs(usual.calibration.bias) < 100

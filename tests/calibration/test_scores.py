@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from mammut_calibration import commands, commands_scores
+from mammut_calibration.alarms import AlarmLimit
+from mammut_calibration.platt import fit
+from mammut_calibration.scores import Gathered, calibrate_names, calibrated
 from mammut_runtime.detection.vocabulary import Entry, Vocabulary
 
 HASH = "ab" * 32
@@ -149,6 +152,10 @@ def test_clips_are_looked_at_by_their_rate(run: Any, tmp_path: Path) -> None:
         (["--names", "cat", "--background", "missing.png", "--false-alarms", "1"], "nothing here can be used"),
         (["--names", "cat", "--background", "none", "--false-alarms", "1"], "no pictures or clips in this folder"),
         (["--names", "cat", "--background", "empty", "--false-alarms", "1", "--fps", "0"], "--fps: expected frames"),
+        (
+            ["--vocabulary", "w.json", "--no-context", "--background", "empty", "--false-alarms", "1"],
+            "--no-context go with --names",
+        ),
         (["--names", "cat", "--background", "empty"], "Missing option '--false-alarms'"),
         (
             ["--names", "cat", "--background", "empty", "--false-alarms", "1", "--positives", "cows"],
@@ -177,3 +184,65 @@ def test_a_vocabulary_that_is_there_is_kept(run: Any, tmp_path: Path) -> None:
         "--names", "cat", "--background", tmp_path / "empty", "--false-alarms", 1, "--out", tmp_path / "w.json"
     )
     assert code == 2 and "exists already" in err and (tmp_path / "w.json").read_text() == "mine"
+
+
+def test_a_threshold_that_would_be_one_gets_a_flatter_fit(monkeypatch: Any) -> None:
+    """Scores of the two kinds apart, and some alarms among the best: the steepest fit calls all of those certain."""
+    without = np.concatenate([np.full(3600, 0.1), [0.99] * 4, [0.999]]).astype(np.float32)[:, None]
+    own = np.full(50, 0.6, np.float32)
+    words = Brightness().vocabulary(["cat"])
+    looked = Gathered(without, tuple((0.0,) for _ in without))
+    limit = AlarmLimit(5.0, quiet_s=0)  # one alarm an hour is bearable
+    steep = fit(own, without[:, 0])
+    assert steep is not None
+    after = words.with_calibrations({"cat": steep.calibration}, {}).probabilities(without)
+    assert (after == 1).sum() == 5, "control: that nothing of the steepest fit tells them apart"
+    (result,), seen = calibrate_names(words, looked, {"cat": own}, limit, 1.0)
+    threshold = result.calibration.threshold
+    assert threshold is not None and threshold < 1 and result.fit is not None
+    kept = calibrated(words, [result], {})
+    passing = kept.probabilities(without)[:, 0] >= kept.thresholds(0.5)[0]
+    assert passing.sum() == result.chosen.alarms <= limit.most_alarms(seen.hours) and result.chosen.shown
+
+
+def test_the_page_takes_the_place_of_nothing(run: Any, tmp_path: Path) -> None:
+    write(tmp_path / "empty", [0.1, 0.2])
+    arguments = ("--names", "cat", "--background", tmp_path / "empty", "--false-alarms", 1, "--out")
+    for more in ((tmp_path / "v.html",), (tmp_path / "w.json", "--plot", tmp_path / "." / "w.json", "--overwrite")):
+        code, _, err = run(*arguments, *more)
+        assert code == 2 and "the vocabulary and the page at once" in err
+    page = tmp_path / "w.html"
+    page.write_text("mine")
+    code, _, err = run(*arguments, tmp_path / "w.json")
+    assert code == 2 and "w.html: exists already" in err and page.read_text() == "mine"
+    assert not (tmp_path / "w.json").exists()
+    assert run(*arguments, tmp_path / "w.json", "--overwrite")[0] == 0 and page.read_text() != "mine"  # control
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_footage_is_read(
+    run: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    write(tmp_path / "empty", [0.1, 0.2])
+    (tmp_path / "file").write_text("")
+    read: list[object] = []
+    gather = commands_scores.gather
+    monkeypatch.setattr(commands_scores, "gather", lambda *given: read.append(given) or gather(*given))
+    arguments = ("--names", "cat", "--background", tmp_path / "empty", "--false-alarms", 1, "--out")
+    code, _, err = run(*arguments, tmp_path / "file" / "w.json")
+    assert code == 2 and "cannot be written" in err and read == []
+    assert run(*arguments, tmp_path / "new" / "w.json")[0] == 0 and len(read) == 1  # control
+
+
+def test_folders_are_called_like_names_as_names_are_like_each_other(run: Any, tmp_path: Path) -> None:
+    write(tmp_path / "empty", [0.1, 0.2])
+    write(tmp_path / "things" / "  CAT ", [0.8] * 9)
+    write(tmp_path / "things" / "dog", [0.1] * 9)
+    arguments = (
+        "--names", "cat,dog", "--background", tmp_path / "empty", "--positives", tmp_path / "things",
+        "--false-alarms", 1, "--json", "--overwrite", "--out", tmp_path / "w.json",
+    )  # fmt: skip
+    code, out, _ = run(*arguments)
+    assert code == 0 and [each["positives"] for each in json.loads(out)["names"]] == [9, 9]
+    write(tmp_path / "things" / "cat", [0.8])
+    code, _, err = run(*arguments)
+    assert code == 2 and "another folder is called like this name too" in err

@@ -37,11 +37,13 @@ from mammut.demo.ablations import (
     Result,
     chosen,
     keep_result,
+    options_digest,
     prepare,
     read_results,
     rows,
     run_of,
     run_rows,
+    setup_digest,
 )
 from mammut_runtime import console
 from mammut_runtime.errors import CheckpointError, InputError
@@ -51,7 +53,9 @@ STEPS, BATCH = 2, 12
 
 
 def picture(suffix: str, shade: int) -> bytes:
-    return bytes(cv2.imencode(suffix, np.full((30, 34, 3), shade % 256, np.uint8))[1])
+    """Of coarse noise: plain ones would all be taken for the same photograph."""
+    blocks = np.random.default_rng(shade).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return bytes(cv2.imencode(suffix, cv2.resize(blocks, (34, 30), interpolation=cv2.INTER_NEAREST))[1])
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir(parents=True)
     split = ("train", "train", "val")
     tar(folder / "pairs" / "flowers-000.tar",
-        [{"label": list(recipe.FLOWERS)[n % 5], "split": split[n % 3], "flickr_id": n} for n in range(30)])  # fmt: skip
+        [{"label": list(recipe.FLOWERS)[n % 5], "split": split[n % 3], "flickr_id": f"{n}"}
+         for n in range(30)])  # fmt: skip
     tar(folder / "pairs" / "clothing-000.tar",
         [{"label": list(recipe.CLOTHING)[n % 17], "split": split[n % 3]} for n in range(51)])  # fmt: skip
     tar(folder / "pairs" / "photos-000.tar", [{"caption": f"A thing number {n}.", "credit": ""} for n in range(40)])
@@ -208,6 +213,42 @@ def test_results_of_another_setup_are_refused(
         finished("caption", prepared, held, tmp_path, steps=4)
 
 
+def test_results_of_other_options_are_refused_and_older_ones_taken(
+    prepared: Prepared, held: ablation_measures.HeldOut, tmp_path: Path
+) -> None:
+    (made,) = finished("caption", prepared, held, tmp_path)
+    assert made.options and finished("caption", prepared, held, tmp_path) == [made]  # control
+    keep_result(tmp_path, dataclasses.replace(made, options=""))
+    assert "options" not in (tmp_path / RESULTS).read_text()  # a line as it was before
+    assert finished("caption", prepared, held, tmp_path)[0].setup == made.setup
+    keep_result(tmp_path, dataclasses.replace(made, options="0" * 16))
+    with pytest.raises(InputError, match="of another setup"):
+        finished("caption", prepared, held, tmp_path)
+
+
+def test_the_digest_of_options_tells_training_apart_and_not_folders(prepared: Prepared, tmp_path: Path) -> None:
+    config = run_of(rows()["both"], prepared, 10, 0)
+    sources = tuple(dataclasses.replace(source, files=("elsewhere.tar",)) for source in prepared.sources)
+    moved = run_of(rows()["both"], dataclasses.replace(prepared, sources=sources), 10, 0)
+    assert options_digest(moved) == options_digest(config)
+    optimizer = dataclasses.replace(config.optimizer, weight_decay=0.123)
+    data = dataclasses.replace(config.data, margin=1.5)
+    for other in (dataclasses.replace(config, optimizer=optimizer), dataclasses.replace(config, data=data)):
+        assert options_digest(other) != options_digest(config)
+        assert setup_digest(other, prepared) == setup_digest(config, prepared)  # what it is for
+
+
+def test_rows_of_a_seed_start_alike_but_for_other_numbers_of_cross_blocks(prepared: Prepared) -> None:
+    from mammut.training.loop import starting_point
+
+    def start(row: str) -> torch.Tensor:
+        model = starting_point(run_of(rows()[row], prepared, 10, 0))[1]
+        return model.get_parameter("vision.blocks.0.mlp.up.weight")
+
+    assert all(torch.equal(start("both"), start(row)) for row in ("causal", "focal", "cropped"))
+    assert not any(torch.equal(start("both"), start(row)) for row in ("cross-1", "cross-4"))
+
+
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     for seed in range(2):
         keep_result(tmp_path, made_up("both", seed, 0.5))
@@ -307,6 +348,10 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == printed
     assert console.run(cli, ["ablate", str(data), str(tmp_path / "none"), "--collect"]) == 2
     assert "no finished runs" in capsys.readouterr().err
+    page.write_text("no such lines")
+    untouched = tmp_path / "untouched"
+    assert console.run(cli, ["ablate", str(data), str(untouched), *arguments[3:], "--write", str(page)]) == 2
+    assert "expected the lines <!-- ablate: begin -->" in capsys.readouterr().err and not untouched.exists()
     assert console.run(cli, ["ablate", str(tmp_path), str(out)]) == 2
     assert "expected the data folder of the demo recipe" in capsys.readouterr().err
 

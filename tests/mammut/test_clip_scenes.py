@@ -90,6 +90,8 @@ def test_boxes_are_inside_and_hold_what_is_seen(seed: int, kind: str) -> None:
         assert (boxes[:, 2:] - boxes[:, :2] >= 4).all()
     if len({thing.name for thing in clip.things}) < len(clip.things):
         return  # equal things cannot be told apart by colour
+    if any(found(clip, thing).mean(axis=(1, 2)).max() > 0.6 for thing in clip.things):
+        return  # the plain background has a thing's colour
     for thing in clip.things:
         for shown, box, there in zip(found(clip, thing), thing.boxes, thing.there, strict=True):
             y, x = np.nonzero(shown)

@@ -160,9 +160,15 @@ def test_the_demo_is_one_command(tmp_path: Path) -> None:
     from mammut_runtime import console
 
     out = tmp_path / "out"
-    assert console.run(cli, ["demo", str(DATA), str(out), "--steps", "2", "--processes", "2"]) == 0
-    rows = read_log(out)
+    given = ["demo", str(DATA), str(out), "--stage", "pictures", "--steps", "2", "--processes", "2"]
+    assert console.run(cli, given) == 0
+    rows = read_log(out / "pictures")
     assert [row["step"] for row in rows if "loss" in row] == [2]
     assert {f"held_out/{kind}" for kind in recipe.held_out(DATA)} <= rows[-1].keys()
     assert (out / "tokenizer.json").read_bytes() == (DEMO_FOLDER / "tokenizer.json").read_bytes()
-    assert load_checkpoint(out / "checkpoint").model.config == load_checkpoint("demo").model.config
+    assert load_checkpoint(out / "pictures" / "checkpoint").model.config == load_checkpoint("demo").model.config
+    for stage in ("scenes", "rehearsal", "clips"):  # the same sources, and more
+        config = recipe.stage_run(stage, DATA, out, 3) if stage == "scenes" else None
+        made = config or {"rehearsal": recipe.rehearsal_run, "clips": recipe.clips_run}[stage](DATA, out, "demo", 3)
+        assert made.data.mixing == "batches" and made.stages[0].steps == 3
+        assert [source.kind for source in made.data.sources[5:]] == ["scene", "moving"][: 2 if stage == "clips" else 1]

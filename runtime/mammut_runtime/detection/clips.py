@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mammut_runtime.detection.boxes import Detections
+from mammut_runtime.detection.copies import CLIP_COPIES, refuse_existing
 from mammut_runtime.detection.drawing import draw_detections
 from mammut_runtime.detection.tracker import Tracked, Tracker, TrackRule
 from mammut_runtime.detection.vocabulary import Vocabulary
@@ -30,7 +31,7 @@ _EARLY = 0.05
 """A frame may come this share of the step early: timestamps are rounded to milliseconds."""
 _ROUNDING = 1e-6
 """Of a frame that comes exactly when it is wanted."""
-_CODECS = (("mp4v", ".mp4"), ("MJPG", ".avi"))
+_CODECS = tuple(zip(("mp4v", "MJPG"), CLIP_COPIES, strict=True))
 """Tried in this order: which are there depends on the OpenCV."""
 
 
@@ -97,8 +98,12 @@ class DrawnClip:
     MP4 (MPEG-4 part 2), or AVI (Motion JPEG) where OpenCV has no encoder for it.
     """
 
-    def __init__(self, folder: Path, stem: str, fps: float) -> None:
-        """The file is folder/stem.mp4, or .avi. Nothing is written before the first frame."""
+    def __init__(self, folder: Path, stem: str, fps: float, *, replace: bool = True) -> None:
+        """The file is folder/stem.mp4, or .avi. Nothing is written before the first frame.
+
+        replace: False refuses a file that is there already.
+        """
+        self._replace = replace
         self._folder, self._stem, self._fps = folder, stem, fps
         self._writer: Any = None
         self._part, self.path = Path(), Path()
@@ -117,12 +122,17 @@ class DrawnClip:
         self._size = (height, width)
         for codec, suffix in _CODECS:
             self.path = self._folder / f"{self._stem}{suffix}"
+            self._check_free()
             self._part = self._folder / f".{self._stem}.{secrets.token_hex(4)}{suffix}"
             code = cv2.VideoWriter.fourcc(*codec)
             self._writer = cv2.VideoWriter(str(self._part.absolute()), code, self._fps, (width, height))
             if self._writer.isOpened():
                 return
         raise InputError(f"--annotate: {self.path}: cannot be written, or this OpenCV has no encoder for clips")
+
+    def _check_free(self) -> None:
+        if not self._replace:
+            refuse_existing(self.path)
 
     def __enter__(self) -> DrawnClip:
         return self
@@ -131,8 +141,10 @@ class DrawnClip:
         if self._writer is None:
             return
         self._writer.release()
-        if kind is None:
-            self._part.replace(self.path)
-        else:
+        try:
+            if kind is None:
+                self._check_free()
+                self._part.replace(self.path)
+        finally:
             with contextlib.suppress(OSError):
                 self._part.unlink()

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,17 @@ class CocoNumbers:
     pictures: dict[str, int]
     """By file_name, and by its last part where that is unambiguous."""
     names: dict[str, int]
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Width and height of the pictures that have them in the file, by number."""
 
     @classmethod
     def read(cls, path: Path) -> CocoNumbers:
         """Raises InputError, which names the record, for what is no COCO annotation file."""
         try:
+            size = path.stat().st_size
+            if not path.is_file() or size > MAX_ANNOTATION_BYTES:
+                limit = f"{MAX_ANNOTATION_BYTES:,}"
+                raise InputError(f"{path}: {size:,} bytes, expected a file of annotations of at most {limit}")
             text = path.read_bytes()
         except OSError as problem:
             raise InputError(f"{path}: cannot be read ({problem.strerror})") from problem
@@ -46,7 +52,7 @@ class CocoNumbers:
             part = file.rsplit("/", 1)[-1]
             last[part] = None if part in last else number
         pictures = {part: number for part, number in last.items() if number is not None} | files
-        return cls(pictures, _numbered(path, data, "categories", "name"))
+        return cls(pictures, _numbered(path, data, "categories", "name"), _sizes(path, data["images"]))
 
 
 class CocoResults:
@@ -64,14 +70,25 @@ class CocoResults:
         self._pictures: list[dict[str, Any]] = []
         self._results: list[dict[str, Any]] = []
 
+    @property
+    def numbered(self) -> bool:
+        """Whether an annotation file numbers the pictures: then boxes are to be of the pictures as they are stored."""
+        return self._given is not None
+
     def add(self, path: Path, found: Detections) -> None:
-        """Raises InputError for a picture that the annotation file does not have."""
+        """Raises InputError for a picture that the annotation file does not have, or has in another size."""
         number = len(self._pictures) + 1
         if self._given is not None:
             known = self._given.pictures
             number = known.get(path.as_posix(), known.get(path.name, -1))
             if number < 0:
                 raise InputError(f"{path}: is not in the annotation file, which numbers the pictures; leave one out")
+            size_there = self._given.sizes.get(number, (found.width, found.height))
+            if size_there != (found.width, found.height):
+                raise InputError(
+                    f"{path}: {found.width}x{found.height} pixels as it is stored, and the annotation file says "
+                    f"{size_there[0]}x{size_there[1]}; its boxes are of another picture"
+                )
         size = {"width": found.width, "height": found.height}
         self._pictures.append({"id": number, "file_name": path.as_posix(), **size})
         for each in found:
@@ -109,6 +126,19 @@ def _numbered(path: Path, data: dict[str, Any], key: str, field: str) -> dict[st
         if text in found:
             raise InputError(f"{where}: {field} {text!r} is there twice")
         found[text] = number
+    return found
+
+
+def _sizes(path: Path, records: list[dict[str, Any]]) -> dict[int, tuple[int, int]]:
+    """By number, of the records that have both sides."""
+    found: dict[int, tuple[int, int]] = {}
+    for index, record in enumerate(records):
+        if "width" not in record or "height" not in record:
+            continue
+        sides = record["width"], record["height"]
+        if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+            raise InputError(f"{path}: images[{index}]: expected whole numbers above 0 as width and height")
+        found[record["id"]] = sides
     return found
 
 

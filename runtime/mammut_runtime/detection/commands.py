@@ -14,18 +14,18 @@ from typing import Any
 import click
 
 from mammut_runtime import console
-from mammut_runtime.annotate import write_picture
 from mammut_runtime.commands_inputs import ModelSettings, json_option, model_options, picture_paths
 from mammut_runtime.detection.boxes import Detection, Detections
 from mammut_runtime.detection.clips import DrawnClip, detect_clip, drawn_fps
 from mammut_runtime.detection.coco import CocoNumbers, CocoResults
 from mammut_runtime.detection.commands_vocabulary import Wanted, vocabulary_options
+from mammut_runtime.detection.copies import copy_stems, prepare_folder, write_copy
 from mammut_runtime.detection.drawing import draw_detections, label_of
 from mammut_runtime.detection.tracker import Tracked
 from mammut_runtime.detection.vocabulary import Vocabulary
 from mammut_runtime.errors import InputError
 from mammut_runtime.model import Model
-from mammut_runtime.pictures import Picture, read_picture
+from mammut_runtime.pictures import read_picture
 from mammut_runtime.search import PICTURE_SUFFIXES
 from mammut_runtime.video.decode import CLIP_SUFFIXES, Clip, quiet_decoder
 
@@ -63,16 +63,20 @@ def detect(
     """Find named things in pictures and clips.
 
     PATHS are files, folders (with their subfolders), or - for a list of files on standard input, one a line. Boxes are
-    x0,y0,x1,y1 in pixels of the upright picture. In clips every thing has a number that it keeps.
+    x0,y0,x1,y1 in pixels of the upright picture; with --coco-ids, of the picture as it is stored. In clips every thing
+    has a number that it keeps.
     """
     quiet_decoder()
     if vocabulary_file is None and wanted.nothing:
         raise InputError("nothing to look for; give --names, --exemplar or --vocabulary")
-    if coco_ids is not None and coco is None:
-        raise InputError("--coco-ids numbers what --coco writes; give --coco, or leave it out")
+    wanted.check_has_names()
+    _check_coco(coco, coco_ids)
     if not 0 <= fps < 1e6:
         raise InputError(f"--fps: expected frames a second, or 0 for all, got {fps}")
     sources = sources_of(paths)
+    stems = copy_stems(sources)
+    if annotate_in is not None:
+        prepare_folder(annotate_in, sources, stems)
     numbers = CocoNumbers.read(coco_ids) if coco_ids is not None else None
     loaded = Vocabulary.load(vocabulary_file) if vocabulary_file is not None else None
     with settings.load() as model:
@@ -83,8 +87,8 @@ def detect(
             model, words, threshold, max_per_class, fps or None, results, annotate_in, as_json, len(sources)
         )
         with run.progress:
-            for path in sources:
-                run.look_at(path)
+            for path, stem in zip(sources, stems, strict=True):
+                run.look_at(path, stem)
     if results is not None and coco is not None:
         meaning = results.write(coco)
         if meaning is not None:
@@ -92,16 +96,21 @@ def detect(
     return run.exit_code()
 
 
+def _check_coco(coco: Path | None, coco_ids: Path | None) -> None:
+    if coco_ids is None:
+        return
+    if coco is None:
+        raise InputError("--coco-ids numbers what --coco writes; give --coco, or leave it out")
+    if coco.resolve() == coco_ids.resolve() or (coco.exists() and coco_ids.exists() and coco.samefile(coco_ids)):
+        raise InputError(f"--coco and --coco-ids are one file, {coco}; the results would replace the annotations")
+
+
 def _vocabulary(model: Model, loaded: Vocabulary | None, wanted: Wanted) -> Vocabulary:
     """The file's names, and those of the command line."""
     if loaded is None:
         return wanted.make(model)
     loaded.check_model(model.bundle.content_hash, model.manifest.model.name)
-    if wanted.nothing and not wanted.negatives:
-        return loaded
-    if wanted.nothing:
-        raise InputError("--negatives go with --names; make them a part of the vocabulary's file")
-    return loaded | wanted.make(model)
+    return loaded if wanted.nothing else loaded | wanted.make(model)
 
 
 def sources_of(given: Sequence[str]) -> list[Path]:
@@ -145,23 +154,17 @@ class DetectRun:
         self._model, self._vocabulary, self._fps, self._results = model, vocabulary, fps, results
         self._threshold, self._most, self._as_json = threshold, max_per_class, as_json
         self._annotate_in = annotate_in
-        if annotate_in is not None:
-            try:
-                annotate_in.mkdir(parents=True, exist_ok=True)
-            except OSError as problem:
-                raise InputError(f"--annotate: {annotate_in} cannot be made ({problem.strerror})") from problem
-        self._written: set[str] = set()
         self._notices: set[str] = set()
         self._failed = 0
         self.progress = console.Progress("detections", total)
 
-    def look_at(self, path: Path) -> None:
-        """A picture or a clip; what cannot be used is reported."""
+    def look_at(self, path: Path, stem: str) -> None:
+        """A picture or a clip, and the name of its annotated copy; what cannot be used is reported."""
         try:
             if path.suffix.lower() in CLIP_SUFFIXES:
-                self._clip(path)
+                self._clip(path, stem)
             else:
-                self._picture(path)
+                self._picture(path, stem)
         except (InputError, OSError) as problem:
             self._failed += 1
             message = console.error_line(problem)
@@ -177,21 +180,22 @@ class DetectRun:
             console.note(f"{self._failed} of {self.progress.done} pictures and clips could not be used")
         return console.EXIT_USAGE if self._failed else 0
 
-    def _picture(self, path: Path) -> None:
-        picture = read_picture(path)
+    def _picture(self, path: Path, stem: str) -> None:
+        # annotation files have boxes of pictures as they are stored
+        picture = read_picture(path, upright=self._results is None or not self._results.numbered)
         found = self._model.detect(picture, self._vocabulary, self._threshold, self._most)
         if self._results is not None:
             self._results.add(path, found)
         self._show({"path": str(path), **found.to_dict()}, f"{path}: {line_of(found.detections)}", found)
         if self._annotate_in is not None:
-            self._write(self._annotate_in / f"{self._free_stem(path)}.png", picture, found)
+            write_copy(self._annotate_in, stem, draw_detections(picture.rgb(), found.detections))
 
-    def _clip(self, path: Path) -> None:
+    def _clip(self, path: Path, stem: str) -> None:
         with Clip.open(path) as clip:
             if self._results is not None:
                 raise InputError(f"{path}: a clip has no place in a COCO results file; leave --coco out, or the clip")
             rate = drawn_fps(clip, self._fps)
-            with DrawnClip(self._annotate_in or Path(), self._free_stem(path), rate) as drawn:
+            with DrawnClip(self._annotate_in or Path(), stem, rate, replace=False) as drawn:
                 for frame in detect_clip(self._model, clip, self._vocabulary, self._fps, self._threshold, self._most):
                     clock = f"{int(frame.time_s // 60)}:{frame.time_s % 60:05.2f}"
                     text = f"{path} {clock}: {line_of(frame.things)}"
@@ -206,21 +210,6 @@ class DetectRun:
                 self._notices.add(notice)
                 self.progress.clear()
                 console.note(f"note: {notice}")
-
-    @staticmethod
-    def _write(target: Path, picture: Picture, found: Detections) -> None:
-        try:
-            write_picture(target, draw_detections(picture.rgb(), found.detections))
-        except OSError as problem:
-            raise InputError(f"--annotate: {target} cannot be written ({problem.strerror})") from problem
-
-    def _free_stem(self, path: Path) -> str:
-        """Name of the annotated copy; those of the same name from different folders get -2, -3, ..."""
-        number = 1
-        while (stem := path.stem + (f"-{number}" if number > 1 else "")) in self._written:
-            number += 1
-        self._written.add(stem)
-        return stem
 
 
 def line_of(found: Sequence[Detection | Tracked]) -> str:

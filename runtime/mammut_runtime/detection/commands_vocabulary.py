@@ -34,6 +34,13 @@ class Wanted:
     def nothing(self) -> bool:
         return not (self.names or self.exemplars)
 
+    def check_has_names(self) -> None:
+        """Raises InputError for options that belong to names, where there are none beside those of a file."""
+        given = {"--negatives": self.negatives, "--templates": self.templates, "--no-context": not self.context}
+        for option, value in given.items():
+            if self.nothing and value:
+                raise InputError(f"{option} go with --names; make them a part of the vocabulary's file")
+
     def make(self, model: Model) -> Vocabulary:
         """The vocabulary, its words embedded. Raises InputError."""
         with console.Progress("names") as progress:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from mammut_runtime.model import Image, Model
 
 U8 = NDArray[np.uint8]
+
+MOST_SIDE = 2048
+"""Pixels of a crop. The square of a long picture could have a thousand times its pixels; no encoder sees so many."""
+_TOGETHER = 8
+"""Crops that are in memory at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +41,8 @@ def exemplar_crop(pixels: U8, box: tuple[float, float, float, float] | None, whe
     """The square around a box, uint8[S, S, 3], and whether the box had to be cut at the picture's edges.
 
     The square is as large as the box's long side, with what is around the box in the picture; what lies outside the
-    picture is grey. So the encoder sees the whole thing, in its shape. Raises InputError for a box without area, or
+    picture is grey. So the encoder sees the whole thing, in its shape. S is at most MOST_SIDE: what is larger is
+    shrunk. Raises InputError for a box without area, or
     without a pixel of the picture.
     """
     height, width = pixels.shape[:2]
@@ -50,13 +57,22 @@ def exemplar_crop(pixels: U8, box: tuple[float, float, float, float] | None, whe
     right, bottom = min(width, int(np.ceil(x1))), min(height, int(np.ceil(y1)))
     side = max(right - left, bottom - top)
     column, row = (left + right - side) // 2, (top + bottom - side) // 2
-    square = np.full((side, side, 3), 127, np.uint8)
     inside_x, inside_y = slice(max(0, column), min(width, column + side)), slice(max(0, row), min(height, row + side))
-    square[
-        inside_y.start - row : inside_y.stop - row,
-        inside_x.start - column : inside_x.stop - column,
-    ] = pixels[inside_y, inside_x]
+    square = _squared(pixels[inside_y, inside_x], side, inside_y.start - row, inside_x.start - column)
     return square, bool(x0 < 0 or y0 < 0 or x1 > width or y1 > height)
+
+
+def _squared(part: U8, side: int, top: int, left: int) -> U8:
+    """The part at its place in a grey square of side x side, shrunk to MOST_SIDE before the square is made."""
+    if side > MOST_SIDE:
+        scale = MOST_SIDE / side
+        height, width = (max(1, round(length * scale)) for length in part.shape[:2])
+        part = np.asarray(cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+        side = MOST_SIDE
+        top, left = min(round(top * scale), side - height), min(round(left * scale), side - width)
+    square: U8 = np.full((side, side, 3), 127, np.uint8)
+    square[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return square
 
 
 def parse_exemplar(text: str) -> Exemplar:
@@ -78,19 +94,23 @@ def parse_exemplar(text: str) -> Exemplar:
 
 def embed_exemplars(model: Model, exemplars: Sequence[Exemplar]) -> tuple[list[tuple[str, Floats]], tuple[str, ...]]:
     """An embedding float32[E], of unit length, for each name, and what was cut. Raises InputError."""
-    crops: list[U8] = []
-    cut = 0
-    for each in exemplars:
-        image = each.image
-        if isinstance(image, str | Path | bytes):
-            image = read_picture(image)
-        pixels = image.rgb() if isinstance(image, Picture) else image
-        crop, was_cut = exemplar_crop(pixels, each.box, f"exemplar of {each.name!r}")
-        crops.append(crop)
-        cut += was_cut
     by_name: dict[str, list[Floats]] = {}
-    for each, seen in zip(exemplars, model.encode_batch(crops), strict=True):
-        by_name.setdefault(each.name, []).append(seen.embedding)
+    cut = 0
+    for start in range(0, len(exemplars), _TOGETHER):
+        group = exemplars[start : start + _TOGETHER]
+        crops = [_crop(each) for each in group]
+        cut += sum(was_cut for _, was_cut in crops)
+        for each, seen in zip(group, model.encode_batch([crop for crop, _ in crops]), strict=True):
+            by_name.setdefault(each.name, []).append(seen.embedding)
     means = {name: np.mean(rows, axis=0) for name, rows in by_name.items()}
     units = [(name, (row / np.maximum(np.linalg.norm(row), 1e-12)).astype(np.float32)) for name, row in means.items()]
-    return units, ((f"{cut} of {len(crops)} exemplar boxes reach out of their pictures and were cut",) if cut else ())
+    notice = f"{cut} of {len(exemplars)} exemplar boxes reach out of their pictures and were cut"
+    return units, ((notice,) if cut else ())
+
+
+def _crop(exemplar: Exemplar) -> tuple[U8, bool]:
+    image = exemplar.image
+    if isinstance(image, str | Path | bytes):
+        image = read_picture(image)
+    pixels = image.rgb() if isinstance(image, Picture) else image
+    return exemplar_crop(pixels, exemplar.box, f"exemplar of {exemplar.name!r}")

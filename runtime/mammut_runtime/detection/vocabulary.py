@@ -141,16 +141,16 @@ class Vocabulary:
                 f"these vocabularies are of two bundles ({self.model} {self.bundle[:12]}, {other.model} "
                 f"{other.bundle[:12]}); make both with the same one"
             )
-        kept = {_key(each.name): (each, row) for each, row in zip(self.entries, self.embeddings, strict=True)}
+        kept = {name_key(each.name): (each, row) for each, row in zip(self.entries, self.embeddings, strict=True)}
         for each, row in zip(other.entries, other.embeddings, strict=True):
-            before = kept.get(_key(each.name), (each, row))[0]
+            before = kept.get(name_key(each.name), (each, row))[0]
             if each.kind == "context" != before.kind:
                 continue  # something that was asked about stays so
             if before.kind != "context" and before.negative != each.negative:
                 raise InputError(
                     f"{each.name!r} is a name of one vocabulary and a negative of the other; remove it from one"
                 )
-            kept[_key(each.name)] = (each, row)
+            kept[name_key(each.name)] = (each, row)
         entries, rows = zip(*kept.values(), strict=True)
         return dataclasses.replace(
             self,
@@ -164,11 +164,11 @@ class Vocabulary:
 
     def only(self, names: Sequence[str]) -> Vocabulary:
         """Some of its names, in this order, and all negatives. Raises InputError for one that it does not have."""
-        at = {_key(each.name): index for index, each in enumerate(self.entries) if each.kind != "context"}
+        at = {name_key(each.name): index for index, each in enumerate(self.entries) if each.kind != "context"}
         for name in names:
-            if _key(name) not in at:
+            if name_key(name) not in at:
                 raise InputError(f"this vocabulary has no {name!r}; it has {_listed(self.names)}")
-        chosen = [at[_key(name)] for name in names]
+        chosen = [at[name_key(name)] for name in names]
         chosen += [i for i, each in enumerate(self.entries) if each.negative and i not in chosen]
         return dataclasses.replace(
             self, entries=tuple(self.entries[i] for i in chosen), embeddings=self.embeddings[chosen]
@@ -177,15 +177,15 @@ class Vocabulary:
     def with_thresholds(self, thresholds: Mapping[str, float]) -> Vocabulary:
         """The same names with these lowest scores, for some or all of them. Raises InputError for a name that is not
         one of its, and for thresholds outside 0 to 1."""
-        by_key = {_key(name): threshold for name, threshold in thresholds.items()}
+        by_key = {name_key(name): threshold for name, threshold in thresholds.items()}
         for name, threshold in thresholds.items():
-            if _key(name) not in {_key(each) for each in self.names}:
+            if name_key(name) not in {name_key(each) for each in self.names}:
                 raise InputError(f"this vocabulary has no {name!r}; it has {_listed(self.names)}")
             if not 0 <= threshold <= 1:
                 raise InputError(f"threshold of {name!r}: expected a number from 0 to 1, got {threshold}")
 
         def changed(entry: Entry) -> Entry:
-            found = by_key.get(_key(entry.name), entry.calibration.threshold)
+            found = by_key.get(name_key(entry.name), entry.calibration.threshold)
             return dataclasses.replace(entry, calibration=dataclasses.replace(entry.calibration, threshold=found))
 
         return dataclasses.replace(self, entries=tuple(changed(each) for each in self.entries))
@@ -249,9 +249,9 @@ def check_names(names: Sequence[str], what: str = "name") -> None:
             raise InputError(f"a {what} is empty: {name!r}; give words, or leave it out")
         if len(name) > _MOST_CHARACTERS or not all(each.isprintable() for each in name):
             raise InputError(f"a {what} is at most {_MOST_CHARACTERS} printable characters, got {name[:40]!r}...")
-        if _key(name) in seen:
-            raise InputError(f"the {what} {name!r} is given twice (also as {seen[_key(name)]!r}); leave one out")
-        seen[_key(name)] = name
+        if name_key(name) in seen:
+            raise InputError(f"the {what} {name!r} is given twice (also as {seen[name_key(name)]!r}); leave one out")
+        seen[name_key(name)] = name
 
 
 def logit(scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -267,7 +267,7 @@ def sigmoid(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     return share
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     """What two names have in common that are the same: case and spaces do not tell them apart."""
     return " ".join(name.casefold().split())
 

@@ -7,16 +7,18 @@ import binascii
 import contextlib
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import numpy as np
 
+from mammut_runtime.detection.boxes import Floats
 from mammut_runtime.detection.rule import MAX_NAMES
 from mammut_runtime.detection.vocabulary import Entry, Vocabulary
 from mammut_runtime.errors import InputError
-from mammut_runtime.strict import Between, Length, Matching, from_dict, parse_json, to_json
+from mammut_runtime.strict import Between, Length, Matching, from_dict, parse_json, to_dict, to_json
 
 FORMAT: Final = 1
 MAX_FILE_BYTES = 512 * 2**20
@@ -46,7 +48,7 @@ class _Written:
 
 
 def write_vocabulary(vocabulary: Vocabulary, path: Path, overwrite: bool) -> None:
-    """Write the file in the place of `path`. Raises InputError."""
+    """Write the file in the place of `path`. Raises InputError, also for values that `read_vocabulary` refuses."""
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; give another name, or allow to overwrite it")
     rows = np.ascontiguousarray(vocabulary.embeddings, "<f4")
@@ -60,6 +62,8 @@ def write_vocabulary(vocabulary: Vocabulary, path: Path, overwrite: bool) -> Non
         embed_dim=rows.shape[1],
         embeddings=base64.b64encode(rows.tobytes()).decode("ascii"),
     )
+    from_dict(_Written, to_dict(written), str(path), InputError, "nothing was written")
+    _check_unit(vocabulary.embeddings, vocabulary.entries, str(path), "nothing was written")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -98,11 +102,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
     if len(raw) != 4 * count * width:
         raise InputError(f"{path}: embeddings: {len(raw):,} bytes, expected {4 * count * width:,}; {hint}")
     rows = np.frombuffer(raw, "<f4").reshape(count, width).astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        unit = np.abs(np.linalg.norm(rows, axis=1) - 1) <= _UNIT_TOLERANCE
-    if not unit.all():
-        name = written.entries[int(np.flatnonzero(~unit)[0])].name
-        raise InputError(f"{path}: embeddings: that of {name!r} is not of length 1; {hint}")
+    _check_unit(rows, written.entries, str(path), hint)
     try:
         return Vocabulary(
             written.entries,
@@ -115,3 +115,11 @@ def read_vocabulary(path: Path) -> Vocabulary:
         )
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from problem
+
+
+def _check_unit(rows: Floats, entries: Sequence[Entry], where: str, hint: str) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        unit = np.abs(np.linalg.norm(rows, axis=1) - 1) <= _UNIT_TOLERANCE
+    if not unit.all():
+        name = entries[int(np.flatnonzero(~unit)[0])].name
+        raise InputError(f"{where}: embeddings: that of {name!r} is not of length 1; {hint}")

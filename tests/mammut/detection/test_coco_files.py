@@ -59,7 +59,11 @@ BAD = [
         r"annotations\[0\] \(id 8\): category_id 9 is not among the categ",
     ),
     (changed("annotations", 0, "category_id", 3.0), r"category_id: expected a whole number, got 3.0"),
-    (changed("annotations", 0, "area", -1), r"\(id 8\): area: expected a number of pixels from 0 on, got -1"),
+    (
+        changed("annotations", 0, "area", -1),
+        r"\(id 8\): area: expected a number of pixels from 0 on, under 1e18, got -1",
+    ),
+    (changed("annotations", 0, "area", 10**400), r"\(id 8\): area: expected a number of pixels from 0 on, under 1e18"),
     (changed("annotations", 0, "iscrowd", 2), r"\(id 8\): iscrowd: expected 0 or 1, got 2"),
     (
         changed("images", 0, "width", 0),
@@ -84,6 +88,13 @@ BAD_LVIS = [
     (changed("images", 0, "neg_category_ids", [44]), r"images\[0\] \(id 1\): category 44 is not among the categories"),
     (changed("images", 0, "not_exhaustive_category_ids", None), r"not_exhaustive_category_ids: expected a list"),
     (changed("images", 0, "file_name", gone=True), r"images\[0\] \(id 1\): no field 'coco_url'"),
+    (
+        {
+            **GOOD,
+            "images": [{**changed("images", 0, "file_name", gone=True)["images"][0], "coco_url": "http://[bad/a/b"}],
+        },
+        r"images\[0\] \(id 1\): coco_url: expected an address, got 'http://\[bad/a/b'",
+    ),
     (changed("categories", 0, "frequency", "x"), r"categories\[0\] \(id 3\): frequency: expected r, c or f, got 'x'"),
     (changed("categories", 0, "frequency", gone=True), r"categories\[0\] \(id 3\): no field 'frequency'"),
     (changed("categories", 0, "name", "_ _"), r"categories\[0\] \(id 3\): name: expected words"),

@@ -64,6 +64,7 @@ GOOD = {"image_id": 4, "category_id": 20, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([GOOD, {**GOOD, "image_id": 5}], r"r.json: \[1\]: image_id 5 is not in truth.json: results of other data"),
         ([{**GOOD, "category_id": 1}], r"\[0\]: category_id 1 is not in truth.json"),
         ([{**GOOD, "score": "high"}], r"\[0\]: score: expected a finite number, got 'high'"),
+        ([{**GOOD, "score": 10**400}], r"\[0\]: score: expected a finite number, got 1000"),
         ([{**GOOD, "score": True}], r"\[0\]: score: expected a finite number, got True"),
         ([{**GOOD, "bbox": [1, 2, 3]}], r"\[0\]: bbox: expected \[left, top, width, height\]"),
         ([{"image_id": 4}], r"\[0\]: no field 'category_id'; it has image_id"),

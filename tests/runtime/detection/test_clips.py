@@ -105,3 +105,19 @@ def test_an_annotated_copy_that_fails_leaves_nothing(detecting: Any, clip: Path,
         assert list(out.iterdir()) == [], "no frames, no file"
         with pytest.raises(InputError, match="cannot be written"), DrawnClip(tmp_path / "missing", "x", 2.0) as drawn:
             drawn.add(frames[0])
+
+
+def test_an_annotated_copy_replaces_a_file_only_where_it_may(detecting: Any, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = [out / f"moving{suffix}" for suffix in (".mp4", ".avi")]
+    for each in kept:
+        each.write_bytes(b"mine")
+    with detecting.model() as model:
+        frame = next(iter(model.detect_video(clip, ["cat"], fps=2.0)))
+    with pytest.raises(InputError, match="exists already"), DrawnClip(out, "moving", 2.0, replace=False) as drawn:
+        drawn.add(frame)
+    assert [each.read_bytes() for each in kept] == [b"mine"] * 2 and len(list(out.iterdir())) == 2
+    with DrawnClip(out, "moving", 2.0) as drawn:  # control
+        drawn.add(frame)
+    assert drawn.path.read_bytes() != b"mine"

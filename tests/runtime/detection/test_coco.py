@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mammut_runtime.detection import coco
 from mammut_runtime.detection.boxes import Box, Detection, Detections
 from mammut_runtime.detection.coco import CocoNumbers, CocoResults
 from mammut_runtime.errors import InputError
@@ -81,3 +82,30 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
         CocoNumbers.read(tmp_path / "x.json")
     with pytest.raises(InputError, match="cannot be written"):
         CocoResults(["cat"]).write(tmp_path / "missing" / "found.json")
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(ANNOTATIONS))
+    size = path.stat().st_size
+    monkeypatch.setattr(coco, "MAX_ANNOTATION_BYTES", size)
+    CocoNumbers.read(path)  # control
+    monkeypatch.setattr(coco, "MAX_ANNOTATION_BYTES", size - 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("was read"))
+    with pytest.raises(InputError, match=f"{size} bytes, expected a file of annotations of at most {size - 1}"):
+        CocoNumbers.read(path)
+
+
+def test_a_picture_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "val.json"
+
+    def results(width: object) -> CocoResults:
+        record = {"id": 7, "file_name": "one.jpg", "width": width, "height": 30}
+        path.write_text(json.dumps({**ANNOTATIONS, "images": [record]}))
+        return CocoResults(["cat", "dog"], CocoNumbers.read(path))
+
+    results(40).add(Path("one.jpg"), FOUND)  # control
+    with pytest.raises(InputError, match="40x30 pixels as it is stored, and the annotation file says 30x30"):
+        results(30).add(Path("one.jpg"), FOUND)
+    with pytest.raises(InputError, match=r"images\[0\]: expected whole numbers above 0 as width and height"):
+        results("40")

@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from mammut_runtime.commands import main
 from mammut_runtime.commands_inputs import ModelSettings
@@ -121,6 +122,10 @@ def test_what_cannot_be_used_is_reported_and_the_rest_goes_on(pictures: Path, tm
         (["one.png", "--names", "cat", "--negatives", "cat"], "the name 'cat' is given twice"),
         (["one.png", "--names", "cat", "--threshold", "2"], "2.0 is not in the range 0<=x<=1"),
         (["one.png", "--names", "cat", "--coco-ids", "x.json"], "--coco-ids numbers what --coco writes"),
+        (["one.png", "--names", "cat", "--coco", "a.json", "--coco-ids", "./a.json"], "are one file, a.json"),
+        (["one.png", "--vocabulary", "missing.json", "--templates", "a {}"], "--templates go with --names"),
+        (["one.png", "--vocabulary", "missing.json", "--no-context"], "--no-context go with --names"),
+        (["one.png", "--vocabulary", "missing.json", "--negatives", "dog"], "--negatives go with --names"),
         (["one.png", "--names", "cat", "--fps", "-1"], "--fps: expected frames a second"),
         (["one.png", "--vocabulary", "missing.json"], "missing.json: cannot be read as a vocabulary"),
         (["one.png", "--exemplar", "cat"], "expected NAME=FILE"),
@@ -133,3 +138,51 @@ def test_bad_input_is_one_line(pictures: Path, capsys: Any, monkeypatch: Any, ar
     (pictures / "empty").mkdir()
     code, out, err = run(capsys, "detect", *arguments)
     assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1
+
+
+def test_annotated_copies_replace_nothing(pictures: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    original = (pictures / "one.png").read_bytes()
+    for folder in (pictures, tmp_path / "link"):
+        if folder != pictures:
+            folder.symlink_to(pictures)
+        code, out, err = run(capsys, "detect", pictures / "one.png", "--names", "cat", "--annotate", folder)
+        assert (code, out) == (2, "") and "one.png exists already, and nothing is replaced" in err
+    assert (pictures / "one.png").read_bytes() == original
+    drawn = tmp_path / "drawn"
+    arguments = ("detect", pictures / "one.png", pictures / "one.png", "--names", "cat", "--annotate", drawn)
+    assert run(capsys, *arguments)[0] == 0  # control
+    assert sorted(each.name for each in drawn.iterdir()) == ["one-2.png", "one.png"]
+    assert run(capsys, *arguments)[0] == 2, "those of an earlier run neither"
+
+    def half(path: Path, _: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mammut_runtime.detection.copies.write_picture", half)
+    full = tmp_path / "full"
+    code, _, err = run(capsys, "detect", pictures / "one.png", "--names", "cat", "--annotate", full)
+    assert code == 2 and "No space left" in err and list(full.iterdir()) == []
+
+
+def test_boxes_for_annotations_are_those_of_the_stored_picture(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    """A picture that viewers turn by a quarter: COCO's boxes are of the pixels as they are stored."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = pictures / "turned.png"
+    Image.open(pictures / "one.png").save(turned, exif=exif)
+    ids, coco = tmp_path / "ids.json", tmp_path / "found.json"
+    record = {"id": 7, "file_name": "turned.png", "width": 200, "height": 120}
+    arguments = ("detect", turned, "--names", "cat", "--coco", coco)
+
+    def box() -> list[float]:
+        found: list[float] = json.loads(coco.read_text())[0]["bbox"]
+        return found
+
+    ids.write_text(json.dumps({"images": [record], "categories": [{"id": 1, "name": "cat"}]}))
+    assert run(capsys, *arguments, "--coco-ids", ids)[0] == 0
+    np.testing.assert_allclose(box(), (10, 20, 50, 50), atol=8)
+    assert run(capsys, *arguments)[0] == 0  # control: upright, where no annotations say otherwise
+    np.testing.assert_allclose(box(), (50, 10, 50, 50), atol=8)
+    ids.write_text(json.dumps({"images": [{**record, "width": 120}], "categories": [{"id": 1, "name": "cat"}]}))
+    code, _, err = run(capsys, *arguments, "--coco-ids", ids)
+    assert code == 2 and "200x120 pixels as it is stored, and the annotation file says 120x120" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mammut_runtime.detection.exemplars import Exemplar, exemplar_crop, parse_exemplar
+from mammut_runtime.detection.exemplars import MOST_SIDE, Exemplar, exemplar_crop, parse_exemplar
 from mammut_runtime.detection.letterbox import Letterbox
 from mammut_runtime.detection.vocabulary import Vocabulary
 from mammut_runtime.errors import BundleError, InputError
@@ -304,3 +305,22 @@ def test_more_names_than_the_engine_was_built_for(detecting: Any, make_scene: An
         with pytest.raises(InputError, match="3 names, and the engines of this bundle take at most 2"):
             model.detect(make_scene(30, 40, {}), words)
         model.detect(make_scene(30, 40, {}), words.only(["cat", "bird"]))  # control
+
+
+def test_the_square_of_a_long_picture_is_shrunk_before_it_is_made() -> None:
+    """As it is, it would be 65,000 x 65,000 x 3 bytes."""
+    long = np.full((1, 65_000, 3), 200, np.uint8)
+    tracemalloc.start()
+    try:
+        crop, _ = exemplar_crop(long, None, "x")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert crop.shape == (MOST_SIDE, MOST_SIDE, 3) and peak < 50e6
+    assert (crop == 200).all(axis=(1, 2)).sum() == 1 and (crop[0] == 127).all()
+    large = np.zeros((30, 2 * MOST_SIDE, 3), np.uint8)
+    large[:, MOST_SIDE:] = 250
+    crop, _ = exemplar_crop(large, None, "x")
+    assert (crop == 127).all(axis=(1, 2)).sum() == MOST_SIDE - 15 and crop[MOST_SIDE // 2, -9, 0] == 250
+    exact, _ = exemplar_crop(large[:, :MOST_SIDE], None, "x")  # control: nothing is shrunk that has not to be
+    assert (exact == 0).all(axis=(1, 2)).sum() == 30

@@ -185,3 +185,18 @@ def test_negatives_and_names_are_checked_together() -> None:
     with pytest.raises(InputError, match="a name is empty"):
         check_names(["car", ""])
     check_names(["car"])  # control
+
+
+@pytest.mark.parametrize("bias", [1000.5, -2000.0, float("nan")])
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, bias: float) -> None:
+    def words(value: float) -> Vocabulary:
+        entry = Entry("cat", calibration=Calibration(1.0, value, 0.5))
+        return Vocabulary((entry,), np.ones((1, 1), np.float32), "0" * 64, "m", ())
+
+    path = tmp_path / "w.json"
+    words(1000.0).save(path)
+    assert Vocabulary.load(path).entries[0].calibration.bias == 1000  # control
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"entries\[0\]\.calibration\.bias: expected .*; nothing was written"):
+        words(bias).save(path, overwrite=True)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
