@@ -27,6 +27,8 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 CLIP_KINDS = ("direction", "still", "order", "appearing", "passing", "count")
+KIND_SHARES = (0.2, 0.25, 0.15, 0.1, 0.15, 0.15)
+"""How often each of CLIP_KINDS is made where none is asked for."""
 CLIP_QUESTION_KINDS = (
     "direction", "speed", "moving", "which moves", "order", "appearing", "passing", "count moving", "count",
 )  # fmt: skip
@@ -92,7 +94,7 @@ def compose_clip(
         rng: decides everything.
         drawings: what may be in it; at least four names that are no plurals.
         background: uint8[H, W, 3] RGB; a random part of it is used.
-        kind: one of CLIP_KINDS; None: any, all as often.
+        kind: one of CLIP_KINDS; None: any, by KIND_SHARES.
 
     Raises:
         InputError: too few frames or drawings, or an unknown kind.
@@ -102,7 +104,7 @@ def compose_clip(
     if kind is not None and kind not in CLIP_KINDS:
         raise InputError(f"clips: unknown kind {kind!r}; expected one of {', '.join(CLIP_KINDS)}")
     stage = _Stage(rng, drawings, frames, size)
-    made = kind or CLIP_KINDS[int(rng.integers(len(CLIP_KINDS)))]
+    made = kind or str(rng.choice(CLIP_KINDS, p=KIND_SHARES))
     plan = _PLANS[made](stage)
     plain = stage.chance(0.1)
     # Nobody sees the camera drift before a plain colour: what stands would seem to move.

@@ -282,7 +282,7 @@ class Run:
             "step": self.step,
             "stage": number,
             "image_size": stage.image_size,
-            "learning_rate": max(group["lr"] for group in self.learner.optimizers[0].param_groups),
+            "learning_rate": self.config.rate_at(self.step - 1),
             **losses,
             "gradient_norm": norm,
             "logit_scale": float(self.model.log_logit_scale.detach().exp()),

@@ -24,6 +24,9 @@ from mammut_runtime.strict import Between
 
 UNDECAYED = ("positions", "class_token", "token_embedding.weight")
 """Besides biases, norms and scalars."""
+GATE_SHARE = 30.0
+"""How many times the learning rate the tubes' gate is trained with. It is one number that starts at 0 and has to come
+near 1 before any token knows when it is; AdamW moves it by about the learning rate in a step."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def parameter_groups(module: nn.Module, config: MammutConfig, options: Optimizer
         if not parameter.requires_grad or (options.muon and is_block_matrix(name, parameter)):
             continue
         decayed = parameter.ndim > 1 and not any(name.endswith(each) for each in UNDECAYED)
-        share = layer_share(name, config, options.layer_decay)
+        share = layer_share(name, config, options.layer_decay) * (GATE_SHARE if name.endswith("tubes.gate") else 1.0)
         key = (options.weight_decay if decayed else 0.0, share, parameter.ndim == 0 or "log_variances" in name)
         groups.setdefault(key, []).append(parameter)
     return [
