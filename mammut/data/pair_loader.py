@@ -152,7 +152,10 @@ class PairStream(IterableDataset[LoadedBatch]):
         growing, start = _Growing(), self.state.streams[number]
         parts = [deal(paths, reading.rank, reading.ranks, number, reading.workers) for paths in reading.sources]
         weights = [source.weight for source in options.sources]
-        mixture = Mixture(parts, weights, start, reading.seed, options.shuffle)
+        # Processes whose batches are of one source each choose alike: those with pictures need not wait for those with
+        # clips, and the contrastive pass compares a whole step's like with like.
+        own = f"{parts[0][0].path} {parts[0][0].part}" if options.mixing == "samples" else f"worker {number}"
+        mixture = Mixture(parts, weights, start, reading.seed, options.shuffle, own)
         source: int | None = None
         while True:
             found = mixture.draw(source)

@@ -135,24 +135,33 @@ def deal(paths: Sequence[str], rank: int, ranks: int, worker: int, workers: int)
 
 
 class Mixture:
-    """Samples of several sources, each as often as its weight says, without end."""
+    """Samples of several sources, each as often as its weight says, without end.
+
+    chance: with the seed, what the choices of a source follow from. Mixtures of one chance choose alike.
+    """
 
     def __init__(
-        self, sources: Sequence[Sequence[Part]], weights: Sequence[float], start: Standing, seed: int, shuffle: int
+        self,
+        sources: Sequence[Sequence[Part]],
+        weights: Sequence[float],
+        start: Standing,
+        seed: int,
+        shuffle: int,
+        chance: str,
     ) -> None:
         positions = zip(sources, start.positions, strict=True)
         self._streams = [stream(parts, position, seed, shuffle) for parts, position in positions]
-        self._weights, self._seed, self._own = weights, seed, sources[0][0]
+        self._weights, self._chance = weights, f"{seed} {chance}"
         self._positions, self._drawn = list(start.positions), start.drawn
 
     def draw(self, source: int | None = None) -> Mixed:
         """The next sample, of this source or of one chosen by weight. Errors as stream's."""
         if source is None:
-            chance = random.Random(f"{self._seed} {self._own.path} {self._own.part} {self._drawn}")
+            chance = random.Random(f"{self._chance} {self._drawn}")
             source = chance.choices(range(len(self._streams)), self._weights)[0]
+            self._drawn += 1
         found = next(self._streams[source])
         self._positions[source] = found.after
-        self._drawn += 1
         return Mixed(source, found, Standing(tuple(self._positions), self._drawn))
 
 

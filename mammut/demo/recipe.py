@@ -78,18 +78,21 @@ SCENE_STEPS = 1900
 """Of the second, of 192 pictures each."""
 REHEARSAL_STEPS = 650
 """Of the third, of 192 pictures."""
-CLIP_STEPS = 900
-"""Of the stage for clips, of 96 pictures or clips each."""
-DETECTOR_STEPS = 1500
-"""Of the fourth, see mammut/detection."""
+MOTION_STEPS = 2150
+"""Of the fourth, of 96 clips."""
+EVERYTHING_STEPS = 900
+"""Of the fifth, of 192 pictures or clips."""
+DETECTOR_STEPS = 1926
+"""Of the last, see mammut/detection."""
 
 
 STEPS_OF = {
     "pictures": STEPS,
     "scenes": SCENE_STEPS,
     "rehearsal": REHEARSAL_STEPS,
+    "motion": MOTION_STEPS,
+    "everything": EVERYTHING_STEPS,
     "detector": DETECTOR_STEPS,
-    "clips": CLIP_STEPS,
 }
 
 
@@ -136,7 +139,9 @@ def stage_run(stage: str, data: Path, out: Path, steps: int | None = None) -> Ru
         return scenes_run(data, out, str(out / "pictures" / "checkpoint"), steps or SCENE_STEPS)
     if stage == "rehearsal":
         return rehearsal_run(data, out, str(out / "scenes" / "checkpoint"), steps or REHEARSAL_STEPS)
-    return clips_run(data, out, str(out / "rehearsal" / "checkpoint"), steps or CLIP_STEPS)
+    if stage == "motion":
+        return motion_run(data, out, str(out / "rehearsal" / "checkpoint"), steps or MOTION_STEPS)
+    return everything_run(data, out, str(out / "motion" / "checkpoint"), steps or EVERYTHING_STEPS)
 
 
 def scenes_run(data: Path, out: Path, start: str, steps: int = SCENE_STEPS) -> RunConfig:
@@ -185,13 +190,28 @@ def rehearsal_run(data: Path, out: Path, start: str, steps: int = REHEARSAL_STEP
     )
 
 
-def clips_run(
-    data: Path, out: Path, start: str, steps: int = CLIP_STEPS, video: VideoConfig | None = None
+def motion_run(
+    data: Path, out: Path, start: str, steps: int = MOTION_STEPS, video: VideoConfig | None = None
 ) -> RunConfig:
-    """Clips of moving emoji beside all pictures, with tubes.
+    """The fourth stage: nothing but clips of moving emoji, until the tubes tell how things move.
 
-    video: other tubes than the demo's. Errors as training_pairs'.
+    Captions and questions only. video: other tubes than the demo's. Errors as training_pairs'.
     """
+    before = everything_run(data, out, start, steps, video)
+    moving = dataclasses.replace(before.data.sources[-1], question_share=0.85)
+    return dataclasses.replace(
+        before,
+        data=dataclasses.replace(before.data, sources=(moving,)),
+        objective=dataclasses.replace(before.objective, contrastive_weight=0.0),
+        stages=(dataclasses.replace(before.stages[0], learning_rate=1e-3, schedule="constant"),),
+        batch_size=96,
+    )
+
+
+def everything_run(
+    data: Path, out: Path, start: str, steps: int = EVERYTHING_STEPS, video: VideoConfig | None = None
+) -> RunConfig:
+    """The fifth stage: clips and pictures in turn, at a falling rate. Arguments as motion_run's."""
     before = rehearsal_run(data, out, start, steps)
     pictures = before.data.sources
     moving = dataclasses.replace(pictures[-1], kind="moving", weight=1.0, question_share=0.75)
@@ -199,7 +219,7 @@ def clips_run(
         before,
         model=dataclasses.replace(before.model, video=video or demo_video()),
         data=dataclasses.replace(before.data, sources=(*pictures, moving)),
-        batch_size=96,
+        stages=(dataclasses.replace(before.stages[0], learning_rate=1e-3),),
     )
 
 
@@ -370,13 +390,14 @@ def held_out_photos(data: Path) -> list[Pair]:
 def without_twins(pairs: Sequence[Pair], trained: Sequence[Pair]) -> list[Pair]:
     """Those whose 16 x 16 thumbnail is not within TWIN of a trained picture's."""
     known = _thumbnails(trained)
-    apart = (np.sqrt(((known - own) ** 2).mean(axis=1)).min() for own in _thumbnails(pairs))
+    apart = (np.sqrt(((known - own) ** 2).mean(axis=1)).min(initial=np.inf) for own in _thumbnails(pairs))
     return [pair for pair, distance in zip(pairs, apart, strict=True) if distance > TWIN]
 
 
 def _thumbnails(pairs: Sequence[Pair]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """float32[N, 768], 0 to 1."""
-    return np.stack([square(pair.data, 16, alpha=False).ravel().astype(np.float32) / 255 for pair in pairs])
+    found = [square(pair.data, 16, alpha=False).ravel() for pair in pairs]
+    return np.array(found, np.float32).reshape(-1, 16 * 16 * 3) / np.float32(255)
 
 
 def plain_caption(caption: str) -> str:

@@ -84,8 +84,8 @@ class DataOptions:
     """How often a picture that has both is asked one of its questions instead of being captioned. 0: captions only;
     1: questions only."""
     mixing: Literal["samples", "batches"]
-    """Whether each sample of a batch may come from another source, or a whole batch is from one: then the contrastive
-    pass compares like with like."""
+    """Whether each sample of a batch may come from another source, or a whole batch is from one, the same for
+    all processes: then the contrastive pass compares like with like."""
     workers: Annotated[int, Between(0, 256)]
     """Loading processes of each training process; 0 loads in between steps."""
     shuffle: Count

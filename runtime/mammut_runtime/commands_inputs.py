@@ -196,7 +196,7 @@ class PictureRun:
         if annotate_in is not None:
             with _writing(annotate_in):
                 annotate_in.mkdir(parents=True, exist_ok=True)
-        self._written: set[Path] = set()
+        self._taken = {path.resolve() for path in self._paths} if isinstance(self._paths, list) else set()
         self._notices: set[str] = set()
         self._failed = 0
 
@@ -259,9 +259,11 @@ class PictureRun:
         self.progress.advance()
 
     def _free_name(self, folder: Path, path: Path) -> Path:
-        """The annotated copy's file; pictures of the same name from different folders get -2, -3, ..."""
+        """The annotated copy's file; pictures of the same name from different folders get -2, -3, ..., and so does a
+        copy that would take the place of a picture that was given."""
         number = 1
-        while (target := folder / f"{path.stem}{f'-{number}' if number > 1 else ''}.png") in self._written:
+        self._taken.add(path.resolve())
+        while (target := folder / f"{path.stem}{f'-{number}' if number > 1 else ''}.png").resolve() in self._taken:
             number += 1
-        self._written.add(target)
+        self._taken.add(target.resolve())
         return target

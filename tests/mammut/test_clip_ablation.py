@@ -27,7 +27,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not
 def test_rows_differ_in_what_they_see() -> None:
     model = demo()
     tokens = {row: video_of(row, model).tokens(96) for row in (*ROWS, *MORE_ROWS)}
-    assert tokens == {"full": 198, "no tubes": 72, "middle frame": 36, "five frames": 180}
+    assert tokens == {"full": 180, "no tubes": 72, "middle frame": 36, "five frames": 180}
     (patches,) = video_of("middle frame", model).tubes
     assert patches.offset[0] == demo_video().frames // 2 and patches.counts(16, 96)[0] == 1
     with pytest.raises(InputError, match="unknown row 'half'; expected some of full, no tubes"):

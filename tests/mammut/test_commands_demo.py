@@ -65,7 +65,7 @@ def test_all_stages_then_what_is_left(stages: list[Any], tmp_path: Path) -> None
     assert not (tmp_path / "checkpoint").exists()
     stages.clear()
     assert run(tmp_path, "--resume") == 0
-    assert [name for name, _ in stages] == ["scenes", "rehearsal", "detector"]
+    assert [name for name, _ in stages] == ["scenes", "rehearsal", "motion", "everything", "detector"]
     assert all(given["resume"] for _, given in stages)
     assert weights(tmp_path) == "detector 7"
     stages.clear()
@@ -75,7 +75,7 @@ def test_all_stages_then_what_is_left(stages: list[Any], tmp_path: Path) -> None
 def test_the_published_checkpoint_never_goes_back(stages: list[Any], tmp_path: Path) -> None:
     assert run(tmp_path) == 0
     (tmp_path / "checkpoint" / "of-before").touch()
-    assert run(tmp_path, "--stage", "pictures") == 0 and run(tmp_path, "--stage", "clips", "--resume") == 0
+    assert run(tmp_path, "--stage", "pictures") == 0 and run(tmp_path, "--stage", "motion", "--resume") == 0
     assert weights(tmp_path) == "detector 7" and (tmp_path / "checkpoint" / "of-before").exists()
     assert run(tmp_path, "--resume") == 0  # control: the whole chain puts a whole folder in its place
     assert weights(tmp_path) == "detector 7" and not (tmp_path / "checkpoint" / "of-before").exists()
@@ -121,13 +121,13 @@ def test_a_stage_that_was_stopped_is_not_marked(tmp_path: Path) -> None:
 def test_one_stage_after_the_one_before_it(
     stages: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path, "--stage", "clips") == 2 and not stages
+    assert run(tmp_path, "--stage", "motion") == 2 and not stages
     assert f"mammut-train demo data {tmp_path} --stage rehearsal --resume" in capsys.readouterr().err
     leave("rehearsal", tmp_path / "rehearsal", STEPS)
-    assert run(tmp_path, "--stage", "clips") == 2  # its checkpoint may be older than its last step
+    assert run(tmp_path, "--stage", "motion") == 2  # its checkpoint may be older than its last step
     assert commands_demo._mark_done("rehearsal", tmp_path / "rehearsal", STEPS)
-    assert run(tmp_path, "--stage", "clips") == 0  # control
-    assert [name for name, _ in stages] == ["clips"] and not (tmp_path / "checkpoint").exists()
+    assert run(tmp_path, "--stage", "motion") == 0  # control
+    assert [name for name, _ in stages] == ["motion"] and not (tmp_path / "checkpoint").exists()
 
 
 def test_later_stages_start_from_the_ones_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_torchrun_needs_a_stage_that_it_can_train(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for arguments in ([], ["--stage", "detector"]):
         assert run(tmp_path, *arguments) == 2 and not stages
-        assert "expected --stage pictures, scenes, rehearsal or clips" in capsys.readouterr().err
+        assert "expected --stage with any but detector" in capsys.readouterr().err
 
 
 def test_processes_of_the_detector_are_noted(

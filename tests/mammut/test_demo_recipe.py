@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import cv2
@@ -166,9 +167,12 @@ def test_the_demo_is_one_command(tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "loss" in row] == [2]
     assert {f"held_out/{kind}" for kind in recipe.held_out(DATA)} <= rows[-1].keys()
     assert (out / "tokenizer.json").read_bytes() == (DEMO_FOLDER / "tokenizer.json").read_bytes()
-    assert load_checkpoint(out / "pictures" / "checkpoint").model.config == load_checkpoint("demo").model.config
-    for stage in ("scenes", "rehearsal", "clips"):  # the same sources, and more
-        config = recipe.stage_run(stage, DATA, out, 3) if stage == "scenes" else None
-        made = config or {"rehearsal": recipe.rehearsal_run, "clips": recipe.clips_run}[stage](DATA, out, "demo", 3)
+    made, shipped = (load_checkpoint(each).model.config for each in (out / "pictures" / "checkpoint", "demo"))
+    assert made == dataclasses.replace(shipped, video=None)
+    more = {"scenes": ["scene"], "rehearsal": ["scene"], "everything": ["scene", "moving"]}
+    for stage, kinds in more.items():  # the same sources, and more
+        made = getattr(recipe, f"{stage}_run")(DATA, out, "demo", 3)
         assert made.data.mixing == "batches" and made.stages[0].steps == 3
-        assert [source.kind for source in made.data.sources[5:]] == ["scene", "moving"][: 2 if stage == "clips" else 1]
+        assert [source.kind for source in made.data.sources[5:]] == kinds
+    motion = recipe.motion_run(DATA, out, "demo", 3)
+    assert [source.kind for source in motion.data.sources] == ["moving"] and motion.stages[0].schedule == "constant"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from mammut.model import Mammut
-from mammut.presets import tiny
+from mammut.presets import tiny, tiny_video
 from mammut.training.optimizers import (
+    GATE_SHARE,
     OptimizerOptions,
     freeze,
     layer_share,
@@ -61,6 +64,18 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay() -> No
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert "vision.blocks.0.qkv.weight" in decayed
     assert not decayed & {"vision.positions", "text.token_embedding.weight", "log_logit_scale", "vision.norm.bias"}
+
+
+def test_the_gate_of_the_tubes_opens_faster_than_weights_move() -> None:
+    model = Mammut(dataclasses.replace(tiny(), video=tiny_video()))
+    assert model.tubes is not None
+    shares = {
+        id(parameter): group["share"]
+        for group in parameter_groups(model, model.config, OptimizerOptions())
+        for parameter in group["params"]
+    }
+    assert shares[id(model.tubes.gate)] == GATE_SHARE > 1
+    assert shares[id(model.tubes.projections[0].weight)] == shares[id(model.log_logit_scale)] == 1  # control
 
 
 def test_rates_are_set_by_share() -> None:

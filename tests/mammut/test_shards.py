@@ -96,8 +96,8 @@ def test_one_tar_for_several_workers_is_cut(parts: list[Part]) -> None:
 
 
 def test_sources_are_mixed_by_weight_and_resumed_anywhere(parts: list[Part]) -> None:
-    def draw(number: int, start: Standing) -> list[Mixed]:
-        mixture = Mixture([parts[:2], parts[2:]], [3.0, 1.0], start, 7, 5)
+    def draw(number: int, start: Standing, chance: str = "a") -> list[Mixed]:
+        mixture = Mixture([parts[:2], parts[2:]], [3.0, 1.0], start, 7, 5, chance)
         return [mixture.draw() for _ in range(number)]
 
     begin = Standing((Position(), Position()))
@@ -106,6 +106,23 @@ def test_sources_are_mixed_by_weight_and_resumed_anywhere(parts: list[Part]) -> 
     assert 0.68 < share < 0.82
     for stop in (1, 37, 399):
         assert draw(400 - stop, whole[stop - 1].after) == whole[stop:]
+    assert [each.source for each in draw(40, begin, "b")] != [each.source for each in whole[:40]]
+
+
+def test_batches_of_one_source_are_chosen_alike(parts: list[Part]) -> None:
+    """By processes that read other shards, and whatever is damaged: a choice is counted once, not by its samples."""
+
+    def chosen(own: list[Part], samples: int) -> list[int]:
+        mixture = Mixture([own, parts[2:]], [1.0, 1.0], Standing((Position(), Position())), 7, 5, "worker 0")
+        found = []
+        for _ in range(30):
+            first = mixture.draw()
+            found.append(first.source)
+            for _ in range(samples):
+                assert mixture.draw(first.source).source == first.source
+        return found
+
+    assert chosen(parts[:1], 2) == chosen(parts[1:2], 5) and len(set(chosen(parts[:1], 2))) == 2
 
 
 def test_frequent_rows_can_be_made_rarer(tmp_path: Path, write_tar: Any, coloured_samples: Any) -> None:

@@ -147,9 +147,7 @@ def test_a_lowered_length_is_noted_once(run: Run, folder: Path) -> None:
         (["--nonsense"], "--nonsense"),
     ],
 )
-def test_a_wrong_option_is_one_line_and_exit_code_2(
-    run: Run, folder: Path, options: list[str], message: str
-) -> None:
+def test_a_wrong_option_is_one_line_and_exit_code_2(run: Run, folder: Path, options: list[str], message: str) -> None:
     done = run("caption", folder / "b.png", *options)
     assert done.code == 2 and done.err.startswith("error: ") and message in done.err and done.err.count("\n") == 1
 
@@ -163,6 +161,14 @@ def test_annotated_copies_are_written_and_never_collide(run: Run, folder: Path, 
     drawn, original = read_picture(written[2]).rgb(), read_picture(folder / "b.png").rgb()
     assert drawn.shape[1] == 330 and drawn.shape[0] > 220, "enlarged to 320 pixels or more, and a band below"
     assert (drawn[5:220:11, 5::11] == original).all()
+
+
+def test_an_annotated_copy_never_takes_the_place_of_a_given_picture(run: Run, folder: Path) -> None:
+    before = (folder / "b.png").read_bytes()
+    assert run("caption", folder / "b.png", "--annotate", folder).code == 0
+    assert (folder / "b.png").read_bytes() == before and (folder / "b-2.png").is_file()
+    assert run("caption", folder / "b.png", "--annotate", folder / "apart").code == 0  # control
+    assert [each.name for each in (folder / "apart").iterdir()] == ["b.png"]
 
 
 def test_annotated_copies_that_cannot_be_written(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

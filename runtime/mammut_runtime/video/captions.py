@@ -19,7 +19,7 @@ from mammut_runtime.errors import InputError
 from mammut_runtime.model import Model
 from mammut_runtime.video.cues import Cue, MergeRule, merged
 from mammut_runtime.video.decode import Clip
-from mammut_runtime.video.encode import look_at
+from mammut_runtime.video.encode import held_side, look_at
 from mammut_runtime.video.sampler import MAX_FRAMES
 from mammut_runtime.video.scenes import Scene, SceneRule, scenes
 
@@ -101,12 +101,6 @@ def frames_per_scene(model: Model, options: VideoCaptionOptions) -> int:
     if options.frames_per_scene is not None:
         return options.frames_per_scene
     return model.manifest.model.video_frames if model.watches else _FRAMES_AS_PICTURES
-
-
-def held_side(model: Model) -> int | None:
-    """What `scenes` takes as `most_side`: where a model looks at many frames of a scene at once, whole ones would take
-    gigabytes. None where it looks at a few, each like a photo."""
-    return 4 * model.manifest.preprocess.size if model.watches else None
 
 
 def describe(model: Model, scene: Scene, options: CaptionOptions) -> Cue:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -26,6 +27,7 @@ from mammut_runtime.errors import InputError
 from mammut_runtime.model import ChannelOrder, Model, Seen
 from mammut_runtime.video.decode import Clip, ClipHealth
 from mammut_runtime.video.sampler import MAX_FRAMES, Budget, FrameRef, Sampling, SpreadSampler
+from mammut_runtime.video.scenes import halved
 
 T = TypeVar("T")
 Floats = NDArray[np.float32]
@@ -107,6 +109,12 @@ def frames_wanted(model: Model, budget: Budget | None = None) -> int:
     return min(budget.frames, info.video_frames)
 
 
+def held_side(model: Model) -> int | None:
+    """From which side on frames are halved as they come (see scenes.halved): where a model looks at many frames at
+    once, whole ones would take gigabytes. None where it looks at a few, each like a photo."""
+    return 4 * model.manifest.preprocess.size if model.watches else None
+
+
 def encode_video(
     model: Model,
     source: str | Path | Frames,
@@ -125,7 +133,7 @@ def encode_video(
     if isinstance(source, str | Path):
         if fps is not None:
             raise InputError("fps is for frames in memory; a file has its own times")
-        part = _from_file(Path(source), start_s, stop_s, most)
+        part = _from_file(Path(source), start_s, stop_s, most, held_side(model))
         color = "bgr"
     else:
         part = _from_memory(source, start_s, stop_s, most, fps)
@@ -147,17 +155,21 @@ class _Part:
     health: ClipHealth | None
 
 
-def _from_file(path: Path, start_s: float, stop_s: float, most: int) -> _Part:
+def _from_file(path: Path, start_s: float, stop_s: float, most: int, most_side: int | None) -> _Part:
     sampler = SpreadSampler[tuple[FrameRef, Bytes]](most)
     count, end_s, more = 0, start_s, False
     with Clip.open(path) as clip:
+
+        def held(ref: FrameRef) -> tuple[FrameRef, Bytes]:
+            return ref, clip.bgr() if most_side is None else halved(clip.bgr(), most_side)
+
         while (tick := clip.advance()) is not None:
             if tick.time_s >= stop_s:
                 more = True
                 break
             if tick.time_s >= start_s:
                 ref = FrameRef(tick.index, tick.time_s)
-                sampler.offer(tick.time_s, lambda ref=ref: (ref, clip.bgr()))  # type: ignore[misc]
+                sampler.offer(tick.time_s, partial(held, ref))
                 count, end_s = count + 1, clip.end_s
         chosen = sampler.chosen()
         if not chosen:
@@ -178,4 +190,4 @@ def _from_memory(frames: Frames, start_s: float, stop_s: float, most: int, fps: 
     return _Part(refs, tuple(frames[ref.index] for ref in refs), end_s, len(inside), inside[-1] + 1 < len(frames), None)
 
 
-__all__ = ["MAX_FRAMES", "Look", "SeenClip", "Way", "encode_video", "evenly", "frames_wanted", "look_at"]
+__all__ = ["MAX_FRAMES", "Look", "SeenClip", "Way", "encode_video", "evenly", "frames_wanted", "held_side", "look_at"]

@@ -23,9 +23,9 @@ from mammut_runtime.errors import InputError
 from mammut_runtime.index_file import Entry, IndexFile, is_index_file, read_index_file, write_index_file
 from mammut_runtime.index_rows import best_rows, check_model, header_for
 from mammut_runtime.model import Model
-from mammut_runtime.video.captions import ahead, held_side
+from mammut_runtime.video.captions import ahead
 from mammut_runtime.video.decode import Clip, ClipHealth
-from mammut_runtime.video.encode import look_at
+from mammut_runtime.video.encode import held_side, look_at
 from mammut_runtime.video.scenes import SceneRule, scenes
 
 Floats = NDArray[np.float32]
