@@ -18,8 +18,17 @@ from mammut.commands_run import launch, start_run
 from mammut_runtime import console
 from mammut_runtime.errors import InputError
 
-STAGES = ("pictures", "scenes", "rehearsal", "motion", "everything", "detector")
-"""Each starts from what the one before it made."""
+STAGES = ("pictures", "scenes", "rehearsal", "detector")
+"""Of the model that ships."""
+MORE_STAGES = (*STAGES, "motion", "everything")
+BEFORE = {
+    "scenes": "pictures",
+    "rehearsal": "scenes",
+    "detector": "rehearsal",
+    "motion": "rehearsal",
+    "everything": "motion",
+}
+"""The stage that one starts from."""
 DONE = "done.json"
 """In a stage's folder, once it has taken all its steps: how many, and the hash of the checkpoint they gave."""
 
@@ -36,8 +45,8 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float | N
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--stage",
-    type=click.Choice(STAGES),
-    help="Only this one, after those before it.  [default: all]",
+    type=click.Choice(MORE_STAGES),
+    help="Only this one, after those before it.  [default: the first four]",
 )
 @click.option("--steps", type=click.IntRange(1), help="Length of each stage. Default: those of the shipped model.")
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True,
@@ -48,14 +57,15 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float | N
 def demo(
     data: Path, out: Path, stage: str | None, steps: int | None, processes: int, minutes: float | None, resume: bool
 ) -> int:
-    """Train the demo model that ships, from the DATA folder, in six stages.
+    """Train the demo model that ships, from the DATA folder, in four stages.
 
     pictures: photographs, clothing, flowers, emoji, shapes. scenes: these, and scenes composed of emoji. rehearsal: the
-    same in other shares, at a falling rate. motion: tubes, on clips of moving emoji alone. everything: pictures and
-    clips in turn, at a falling rate. detector: a head that finds things by name, on the encoder as it is then.
-
+    same in other shares, at a falling rate. detector: a head that finds things by name, on the encoder as it is then.
     OUT gets data/ and tokenizer.json (what DATA says, as training reads it), a folder for each stage, and checkpoint/
-    when all six are done.
+    when all four are done.
+
+    Two more stages give the third's model tubes, which the shipped one does not have. motion: clips of moving emoji
+    alone. everything: pictures and clips in turn, at a falling rate.
     """
     if stage is not None:
         _check_start(stage, data, out)
@@ -116,7 +126,7 @@ def _detector(data: Path, out: Path, steps: int | None, resume: bool, minutes: f
     from mammut.commands_detect import detect
     from mammut.demo.recipe import box_specs
 
-    arguments = [str(out / "everything" / "checkpoint"), str(out / "detector")]
+    arguments = [str(out / "rehearsal" / "checkpoint"), str(out / "detector")]
     arguments += ["--scenes", str(data), "--scenes-share", "4"]
     arguments += [text for spec in box_specs(data, "train") for text in ("--boxes", spec)]
     arguments += ["--steps", str(_steps("detector", steps)), "--batch-size", "16", "--bfloat16"]
@@ -133,7 +143,7 @@ def _steps(stage: str, steps: int | None) -> int:
 
 def _check_start(stage: str, data: Path, out: Path) -> None:
     """InputError unless the stage before this one is done, in whatever number of steps."""
-    before = STAGES[STAGES.index(stage) - 1] if stage != STAGES[0] else None
+    before = BEFORE.get(stage)
     if before is not None and not _done(before, out / before, None):
         raise InputError(
             f"--stage {stage} starts from {out / before / 'checkpoint'}, and stage {before} is not done (no {DONE} "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,11 @@ def _figures(judge: Judge, scenes: Sequence[Scene], drawings: Sequence[Drawing])
     captions = judge.write(tokens, [""] * len(scenes))
     exact = [c in _right_captions(judge, s) for c, s in zip(captions, scenes, strict=True)]
     named = [_names(caption, scene) for caption, scene in zip(captions, scenes, strict=True)]
+    names = {drawing.name for drawing in drawings}
     kinds = {}
     for kind in QUESTION_KINDS:
         rows = [
-            (row, given == judge.spell(answer), _form(question, scenes[row]), answer)
+            (row, given == judge.spell(answer), _form(question, names), answer)
             for (row, k, question, answer), given in zip(asked, answers, strict=True)
             if k == kind
         ]
@@ -83,11 +84,10 @@ def _right_captions(judge: Judge, scene: Scene) -> set[str]:
     return {judge.spell(text) for text in (*scene.captions, *both)}
 
 
-def _form(question: str, scene: Scene) -> str:
-    """The question without the names of what is there."""
-    for name in sorted({placed.name for placed in scene.placed}, key=len, reverse=True):
-        question = question.replace(plural(name), "X").replace(name, "X")
-    return question
+def _form(question: str, names: Collection[str]) -> str:
+    """The question without names of things, be they there or not."""
+    known = sorted({*names, *map(plural, names)}, key=len, reverse=True)
+    return re.sub(rf"\b(an? )?({'|'.join(map(re.escape, known))})\b", "X", question)
 
 
 def _most_frequent(rows: Sequence[tuple[str, str]]) -> float:

@@ -79,11 +79,11 @@ SCENE_STEPS = 1900
 REHEARSAL_STEPS = 650
 """Of the third, of 192 pictures."""
 MOTION_STEPS = 2150
-"""Of the fourth, of 96 clips."""
-EVERYTHING_STEPS = 900
-"""Of the fifth, of 192 pictures or clips."""
+"""Of the first stage for clips, of 96 clips."""
+EVERYTHING_STEPS = 6500
+"""Of the second, of 192 pictures or clips."""
 DETECTOR_STEPS = 1926
-"""Of the last, see mammut/detection."""
+"""Of 16 pictures, see mammut/detection."""
 
 
 STEPS_OF = {
@@ -193,7 +193,7 @@ def rehearsal_run(data: Path, out: Path, start: str, steps: int = REHEARSAL_STEP
 def motion_run(
     data: Path, out: Path, start: str, steps: int = MOTION_STEPS, video: VideoConfig | None = None
 ) -> RunConfig:
-    """The fourth stage: nothing but clips of moving emoji, until the tubes tell how things move.
+    """With tubes: nothing but clips of moving emoji, until the tubes tell how things move.
 
     Captions and questions only. video: other tubes than the demo's. Errors as training_pairs'.
     """
@@ -211,10 +211,10 @@ def motion_run(
 def everything_run(
     data: Path, out: Path, start: str, steps: int = EVERYTHING_STEPS, video: VideoConfig | None = None
 ) -> RunConfig:
-    """The fifth stage: clips and pictures in turn, at a falling rate. Arguments as motion_run's."""
+    """After motion_run: clips and pictures in turn, at a falling rate. Arguments as motion_run's."""
     before = rehearsal_run(data, out, start, steps)
     pictures = before.data.sources
-    moving = dataclasses.replace(pictures[-1], kind="moving", weight=1.0, question_share=0.75)
+    moving = dataclasses.replace(pictures[-1], kind="moving", weight=1 / 3, question_share=0.75)
     return dataclasses.replace(
         before,
         model=dataclasses.replace(before.model, video=video or demo_video()),

@@ -65,7 +65,7 @@ def test_all_stages_then_what_is_left(stages: list[Any], tmp_path: Path) -> None
     assert not (tmp_path / "checkpoint").exists()
     stages.clear()
     assert run(tmp_path, "--resume") == 0
-    assert [name for name, _ in stages] == ["scenes", "rehearsal", "motion", "everything", "detector"]
+    assert [name for name, _ in stages] == ["scenes", "rehearsal", "detector"]
     assert all(given["resume"] for _, given in stages)
     assert weights(tmp_path) == "detector 7"
     stages.clear()

@@ -20,6 +20,7 @@ from mammut.data.scenes import (
     trimmed,
     with_article,
 )
+from mammut.demo.evaluate_scenes import _form, _most_frequent
 
 COLOURS = {"red circle": (200, 0, 0), "blue square": (0, 0, 200), "owl": (0, 200, 0), "key": (200, 200, 0)}
 
@@ -132,3 +133,12 @@ def test_paste_cuts_at_the_edges_and_trims() -> None:
     padded[10:20, 5:30, 3] = 255
     assert trimmed(padded).shape == (10, 25, 4)
     assert trimmed(np.zeros((4, 4, 4), np.uint8)).shape == (4, 4, 4)
+
+
+def test_a_thing_that_is_not_there_is_no_form_of_its_own() -> None:
+    """Else who always gives a form's most frequent answer would be right about presence every time."""
+    asked = [("is there an owl?", "yes"), ("is there a red heart?", "no"), ("how many foxes are there?", "two")]
+    names = {"owl", "red heart", "heart", "fox"}
+    assert [_form(question, names) for question, _ in asked] == ["is there X?", "is there X?", "how many X are there?"]
+    assert _most_frequent([(_form(question, names), answer) for question, answer in asked[:2]]) == 0.5
+    assert _most_frequent([(_form(question, ["owl"]), answer) for question, answer in asked[:2]]) == 1.0  # control
