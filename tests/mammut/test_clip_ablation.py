@@ -67,7 +67,7 @@ def test_runs_differ_only_in_their_tubes(tmp_path: Path) -> None:
     clips = dataclasses.replace(loaded.model.config, video=demo_video())
     save_checkpoint(tmp_path / "clips", Mammut(clips, 0), loaded.tokenizer_json, loaded.preprocess, loaded.prompts)
     small = row_run(DATA, tmp_path, "", "full", 4)
-    assert small.model.video == demo_video() and small.model.video_tokens == 88 and small.preprocess.size == 64
+    assert small.model.video == demo_video() and small.model.video_tokens == 80 and small.preprocess.size == 64
     with pytest.raises(InputError, match="expected a model for pictures only, got one that has been trained on clips"):
         row_run(DATA, tmp_path, str(tmp_path / "clips"), "full", 4)
 
@@ -84,7 +84,7 @@ def test_comparison_and_evaluation_are_one_command_each(tmp_path: Path, monkeypa
     arguments += ["--clips", "6", "--rows", "full,middle frame"]
     assert console.run(cli, arguments) == 0
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert found["tokens"] == {"full": 88, "middle frame": 16} and found["steps"] == 2
+    assert found["tokens"] == {"full": 80, "middle frame": 16} and found["steps"] == 2
     row = found["sets"]["new drawings"]["direction"]
     assert {"asked", "without looking", "full", "middle frame", "full - middle frame"} == set(row)
     sheet, figures_file = tmp_path / "sheet.png", tmp_path / "figures.json"

@@ -102,7 +102,11 @@ def test_a_reader_that_goes_away_is_quiet(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_in_a_process_is_quiet(tmp_path: Path) -> None:
-    body = "click.echo('ready')\nsys.stdout.flush()\ntime.sleep(60)"
+    body = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell's background jobs start without
+        "click.echo('ready')\nsys.stdout.flush()\ntime.sleep(60)"
+    )
     with subprocess.Popen(script(tmp_path, body), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == b"ready\n"
